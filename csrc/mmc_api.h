@@ -1,0 +1,138 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The whole interface of the C helper. cffi reads this file as it is, so it
+ * holds declarations only: no includes, no guards, no macros but integers.
+ *
+ * The helper owns what Python has no call for: the batch I/O queue, aligned
+ * buffers, mapped metadata under a SIGBUS guard, bit scans, fallocate. It knows
+ * bytes, bits and descriptors, never an image format. Every call that can fail
+ * returns -errno; mmcow/native.py is the one place that translates.
+ */
+
+/* ---- I/O queue ---------------------------------------------------------- */
+
+#define MMC_BACKEND_AUTO 0 /* io_uring where the kernel grants it, else the pool */
+#define MMC_BACKEND_URING 1
+#define MMC_BACKEND_POOL 2
+
+#define MMC_READ 0      /* address, length */
+#define MMC_WRITE 1     /* address, length */
+#define MMC_READV 2     /* address: struct iovec[], length: how many */
+#define MMC_WRITEV 3    /* address: struct iovec[], length: how many */
+#define MMC_DATASYNC 4  /* fdatasync */
+#define MMC_FALLOCATE 5 /* mode, offset, length */
+#define MMC_MSYNC 6     /* address, length: msync(MS_SYNC); fd unused */
+#define MMC_NOP 7       /* completes with 0: wakes a thread that waits */
+
+/* One request. The queue copies it, and an iovec array, before mmc_queue_turn
+ * returns; the buffers stay the caller's and must live until completion. */
+struct mmc_op {
+    uint64_t token;   /* comes back in mmc_done */
+    uint64_t offset;  /* byte offset in the file */
+    uint64_t length;  /* bytes, or number of iovecs */
+    uint64_t address; /* of the buffer, the iovec array or the mapping */
+    int32_t fd;
+    int32_t code; /* MMC_READ ... */
+    int32_t mode; /* FALLOCATE: mode bits */
+    int32_t reserved;
+};
+
+/* result: bytes moved, 0 for the other codes, or -errno. Short transfers are
+ * continued inside. A read that meets the end of the file reports the bytes that
+ * were there and zeroes the rest of the buffer. A write that stops making
+ * progress reports -EIO. */
+struct mmc_done {
+    uint64_t token;
+    int64_t result;
+};
+
+struct mmc_queue;
+
+struct mmc_queue *mmc_queue_open(int backend, uint32_t depth, int *error);
+int mmc_queue_backend(struct mmc_queue *queue);
+/* A descriptor that polls readable while completions wait. */
+int mmc_queue_fd(struct mmc_queue *queue);
+/* Submits all `count` ops (any number; those over the depth wait inside), then
+ * collects up to `max` completions. timeout_ms: 0 never waits, -1 waits for at
+ * least one, else at most that long. Returns the number collected, 0 on time-out,
+ * -EINTR on a signal (the ops are submitted all the same), other -errno if the ops
+ * could not be taken (then none was). Safe from several threads: a thread that
+ * waits inside does not keep another from submitting; of two that wait, one may
+ * return 0 early. */
+int mmc_queue_turn(struct mmc_queue *queue, const struct mmc_op *ops, uint32_t count,
+                   struct mmc_done *done, uint32_t max, int timeout_ms);
+/* Waits for everything in flight, drops its results, frees. */
+void mmc_queue_close(struct mmc_queue *queue);
+
+/* ---- buffers and files -------------------------------------------------- */
+
+void *mmc_buffer_alloc(uint64_t size, uint64_t alignment, int *error);
+void mmc_buffer_free(void *buffer);
+int mmc_is_zero(const void *data, uint64_t length); /* 1 or 0 */
+/* Number of leading bytes of equal class: scans `length` bytes in blocks of
+ * `block`; sets *zero to the first block's class; returns bytes in the run. */
+uint64_t mmc_zero_run(const void *data, uint64_t length, uint64_t block, int *zero);
+/* Alignment that O_DIRECT needs on this open file, in bytes. Returns 1 and sets
+ * both when the kernel told, 0 when it does not know, or -errno. */
+int mmc_direct_alignment(int fd, uint32_t *memory, uint32_t *offset);
+int mmc_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
+
+/* ---- views: mapped metadata --------------------------------------------- */
+
+/* A view is the live state of a metadata area: a private mapping of the file (or
+ * anonymous memory), its dirty marks, one per `unit` bytes, and for a mapping a
+ * second, read-only shared one whose address msync takes. Nothing stored here
+ * reaches the file by itself. Every access runs under the SIGBUS guard and returns
+ * -EFAULT where the file behind the page is gone or unreadable; accesses beyond
+ * the size return -ERANGE. `reserve` bytes of address space are set aside for
+ * growth. Callers serialise changes, snapshot and set_size per view; loads and scans may
+ * run beside stores. */
+struct mmc_view;
+
+struct mmc_view *mmc_view_map(int fd, uint64_t size, uint64_t reserve, uint32_t unit, int *error);
+struct mmc_view *mmc_view_memory(uint64_t size, uint64_t reserve, uint32_t unit, int *error);
+void mmc_view_close(struct mmc_view *view);
+uint64_t mmc_view_size(struct mmc_view *view);
+/* -ENOSPC where size exceeds the reserve. A shrink zeroes the private bytes
+ * between the new size and the end of its page and forgets dirty marks there. */
+int mmc_view_set_size(struct mmc_view *view, uint64_t size);
+/* Address of the shared mapping, 0 for memory. */
+uint64_t mmc_view_shared(struct mmc_view *view);
+
+int mmc_view_load(struct mmc_view *view, uint64_t offset, void *into, uint64_t length);
+int mmc_view_store(struct mmc_view *view, uint64_t offset, const void *from, uint64_t length);
+/* Store without a dirty mark: how memory is filled from the file at open. */
+int mmc_view_fill(struct mmc_view *view, uint64_t offset, const void *from, uint64_t length);
+
+/* A run of equal bits (first bit, how many, 0 or 1) or of bytes (offset, length,
+ * position in the copy). */
+struct mmc_run {
+    uint64_t start;
+    uint64_t count;
+    uint64_t value;
+};
+
+/* Bits count from byte `base` of the view, least significant first. */
+/* Runs that cover bits [first, first+count), at most `max` of them (the last may
+ * then end early). Returns how many were stored. */
+int mmc_view_bit_runs(struct mmc_view *view, uint64_t base, uint64_t first, uint64_t count,
+                      struct mmc_run *runs, uint32_t max);
+/* Sets (value 1) or clears bits, atomically per byte, then marks their units. */
+int mmc_view_bits_write(struct mmc_view *view, uint64_t base, uint64_t first, uint64_t count,
+                        int value);
+/* Number of set bits in the range, or -errno. */
+int64_t mmc_view_bits_count(struct mmc_view *view, uint64_t base, uint64_t first, uint64_t count);
+
+/* Dirty units in [offset, offset+length), in units. */
+uint64_t mmc_view_dirty(struct mmc_view *view, uint64_t offset, uint64_t length);
+void mmc_view_mark(struct mmc_view *view, uint64_t offset, uint64_t length);
+/* Per dirty unit in the range, in order: clears its mark, then copies it out. Runs
+ * of adjacent units are merged; run.value is the position of its first byte in
+ * `copy`. Returns the number of runs; stops early when `max` or `copy_size` is used up;
+ * on a fault the marks cleared so far are set again. The unit at the end of the
+ * view is copied up to the size. */
+int mmc_view_snapshot(struct mmc_view *view, uint64_t offset, uint64_t length,
+                      struct mmc_run *runs, uint32_t max, void *copy, uint64_t copy_size);
+/* Gives pages without a dirty unit back to the file (mapped views only). Never call
+ * it after a failed sync. */
+int mmc_view_release(struct mmc_view *view);

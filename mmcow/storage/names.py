@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""Names that survive a power cut.
+
+Owns: making a file under a temporary name, filling and syncing it, giving it its name and
+syncing the directory, in that order; removing a file so that the removal is durable.
+
+Never: leaves a half-written file under the final name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Callable
+
+from mmcow.errors import StorageError
+from mmcow.storage.host import Handle, Host
+
+
+def directory_of(path: str) -> str:
+    """The directory that holds ``path``'s name."""
+    return os.path.dirname(path) or "."
+
+
+def make_file(
+    host: Host, path: str, fill: Callable[[Handle], None], *, replace: bool
+) -> None:
+    """Make ``path`` with the content that ``fill`` writes; durable on return.
+
+    A crash leaves the old file (or none) or the complete new one under the name; at worst a
+    temporary file ``.NAME.XXXXXXXX.mmcow-new`` stays behind. Without ``replace`` an existing
+    name raises StorageError EEXIST.
+    """
+    directory, base = os.path.split(path)
+    temporary = os.path.join(directory, f".{base[:200]}.{secrets.token_hex(4)}.mmcow-new")
+    handle = host.create(temporary)
+    try:
+        try:
+            fill(handle)
+            handle.sync()
+        finally:
+            handle.close()
+        if replace:
+            host.rename(temporary, path)
+        else:
+            _link_new(host, temporary, path)
+    except BaseException:
+        _discard(host, temporary)
+        raise
+    host.sync_directory(directory_of(path))
+
+
+def _link_new(host: Host, temporary: str, path: str) -> None:
+    """Give the final name only if it is free; rename would replace what came meanwhile."""
+    try:
+        host.link(temporary, path)
+    except StorageError as error:
+        # File systems without hard links (vfat, some FUSE): a check and a rename must do.
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if exists(host, path):
+            raise StorageError(errno.EEXIST, "create", path) from error
+        host.rename(temporary, path)
+        return
+    host.unlink(temporary)
+
+
+def _discard(host: Host, path: str) -> None:
+    try:
+        host.unlink(path)
+    except StorageError:
+        pass  # the first error is the one to report
+
+
+def remove(host: Host, path: str) -> None:
+    """Remove a name; durable on return."""
+    host.unlink(path)
+    host.sync_directory(directory_of(path))
+
+
+def exists(host: Host, path: str) -> bool:
+    """Whether ``path`` names anything (a dangling symbolic link does not count)."""
+    try:
+        host.stat(path)
+    except StorageError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        raise
+    return True
