@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * Buffers, and what Python has no call for on files.
+ * What Python has no call for on files, and on what was read from them.
  */
 #define _GNU_SOURCE
 #include "strict.h"
@@ -8,32 +8,11 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 
 #include "mmc.h"
-
-/* Zeroed: Python may write it out before it has filled it, and old bytes of this
- * process have no business in a disk image. */
-void *mmc_buffer_alloc(uint64_t size, uint64_t alignment, int *error)
-{
-    void *buffer = NULL;
-
-    if (alignment < sizeof(void *))
-        alignment = sizeof(void *);
-    *error = -posix_memalign(&buffer, alignment, size ? size : 1);
-    if (*error < 0)
-        return NULL;
-    memset(buffer, 0, size);
-    return buffer;
-}
-
-void mmc_buffer_free(void *buffer)
-{
-    free(buffer);
-}
 
 /* Each byte equals the one sixteen before it, and the first sixteen are zero: this
  * lets the C library's vectorised memcmp do the work. */

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""The C helper as Python sees it; the only importer of ``mmcow._mmc``.
+
+Owns: the translation of -errno into errors, and the few helper calls that want a
+Python shape: buffers, addresses, zero scans, O_DIRECT alignment. Queues and views
+are used through ``lib`` by ``storage.linux``; csrc/mmc_api.h is their contract.
+
+Never: opens, names or interprets a file.
+
+Every call through ``lib`` drops the interpreter lock, which costs about 0.1 us: cross
+once per batch, never once per request or extent.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmcow._mmc import ffi, lib
+from mmcow.errors import StorageError
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from typing_extensions import Buffer  # collections.abc.Buffer comes with Python 3.12
+
+__all__ = [
+    "address_of",
+    "aligned",
+    "check",
+    "direct_alignment",
+    "ffi",
+    "is_zero",
+    "lib",
+    "zero_run",
+]
+
+
+def check(
+    rc: int, what: str, path: str, offset: int | None = None, length: int | None = None
+) -> int:
+    """Return the helper's result, or raise StorageError where it is an -errno."""
+    if rc < 0:
+        raise StorageError(-rc, what, path, offset, length)
+    return rc
+
+
+def address_of(buffer: Buffer) -> int:
+    """Address of a contiguous buffer's first byte, read-only buffers included.
+
+    Keeps nothing alive: who hands the address to the kernel keeps the buffer.
+    """
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(buffer)))
+
+
+def aligned(size: int, alignment: int = 4096) -> memoryview:
+    """Make a zeroed, writable buffer whose address is a multiple of ``alignment``.
+
+    The memory is freed with the last memoryview of it. ``alignment`` is a power of two.
+    """
+    error = ffi.new("int *")
+    pointer: Any = lib.mmc_buffer_alloc(size, alignment, error)
+    check(error[0], f"buffer of {size} bytes aligned to {alignment}", "memory")
+    return memoryview(ffi.buffer(ffi.gc(pointer, lib.mmc_buffer_free, size), size))
+
+
+def is_zero(buffer: Buffer) -> bool:
+    """Tell whether every byte is zero; true of an empty buffer."""
+    data = ffi.from_buffer(buffer)
+    return bool(lib.mmc_is_zero(data, len(data)))
+
+
+def zero_run(buffer: Buffer, block: int = 4096) -> tuple[int, bool]:
+    """Measure the run of equal blocks at the start: (bytes, whether they are zero).
+
+    The last block may be shorter. Slice a memoryview to go on behind the run.
+    """
+    data = ffi.from_buffer(buffer)
+    zero = ffi.new("int *")
+    length = int(lib.mmc_zero_run(data, len(data), block, zero))
+    return length, bool(zero[0])
+
+
+def direct_alignment(fd: int) -> tuple[int, int] | None:
+    """What O_DIRECT demands on an open file: (memory, offset) in bytes.
+
+    None where the kernel does not know; (0, 0) where it has no direct I/O for the file.
+    """
+    values = ffi.new("uint32_t[2]")
+    rc = lib.mmc_direct_alignment(fd, values, values + 1)
+    known = check(rc, "statx", f"descriptor {fd}")
+    return (int(values[0]), int(values[1])) if known else None
