@@ -17,7 +17,17 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Generic, Protocol, TypeVar
 
+from mmcow.errors import MmcowError
+
 T = TypeVar("T")
+
+
+class Interrupted(MmcowError):
+    """A KeyboardInterrupt struck while requests were being handled; open the image again."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__("interrupted in the middle of a request; open the image again")
+        self.__cause__ = cause
 
 
 class Completion(Generic[T]):
@@ -104,6 +114,8 @@ class Task(Completion[T]):
         # Whatever ends the coroutine belongs to whoever awaits the task: a
         # KeyboardInterrupt that struck inside it as well as an Exception.
         except BaseException as error:
+            if not isinstance(error, Exception):
+                self._reactor.interrupted = error
             self.fail(error)
         else:
             awaited.on_done(self._wake)
@@ -142,6 +154,9 @@ class Reactor:
     def __init__(self, queue: TurnQueue) -> None:
         self.queue = queue
         self.ready: deque[Task[Any]] = deque()
+        # What broke in (KeyboardInterrupt) while requests were being handled. A result may have
+        # been lost on its way, so nothing may be waited for any more.
+        self.interrupted: BaseException | None = None
         self.lock = threading.RLock()
         self._progress = threading.Condition(self.lock)
         self._has_leader = False
@@ -156,22 +171,24 @@ class Reactor:
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine to its end from this thread and return its result.
 
-        On KeyboardInterrupt the operation goes on in the background of later calls; its
-        buffers stay referenced until the kernel is done with them.
+        After a KeyboardInterrupt the reactor refuses every later call: what was in flight
+        completes or not, its buffers stay referenced, and the caller opens anew.
         """
         with self.lock:
-            task = self.spawn(coroutine)
-            self._drain()
-            if not task.done:
-                self._wait(task)
-        return task.result()
+            return self.wait(self.spawn(coroutine))
 
     def wait(self, completion: Completion[T]) -> T:
         """Turn the queue until ``completion`` is done; return its result."""
         with self.lock:
-            self._drain()
-            if not completion.done:
-                self._wait(completion)
+            try:
+                self._drain()
+                if not completion.done:
+                    self._wait(completion)
+            except Exception:
+                raise
+            except BaseException as error:
+                self.interrupted = error
+                raise
         return completion.result()
 
     def poll(self) -> None:
@@ -179,17 +196,16 @@ class Reactor:
         with self.lock:
             self._drain()
             self._turn(wait=False)
-            self._drain()
-            self.queue_flush()
-
-    def queue_flush(self) -> None:
-        """Hand requests that tasks just made to the kernel, without waiting."""
-        self._turn(wait=False)
+            while self.ready:
+                self._drain()
+                self._turn(wait=False)
 
     def _wait(self, completion: Completion[Any]) -> None:
         self._turn(wait=False)
         self._drain()
         while not completion.done:
+            if self.interrupted is not None:
+                raise Interrupted(self.interrupted)
             if self._has_leader:
                 self._followers += 1
                 try:

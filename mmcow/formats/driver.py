@@ -170,6 +170,11 @@ class Driver(ABC):
         mark the image complete do so first, durably, and then remove the name."""
         raise AssertionError(f"{self.info.format} records no base")
 
+    def base_changed(self, mtime: int, size: int) -> str | None:
+        """What to tell the user where the image recorded its base's modification time (whole
+        seconds) or size and the base has others now; None where nothing differs or is known."""
+        return None
+
     @abstractmethod
     async def check(self, repair: str) -> CheckResult:
         """Examine the metadata. ``repair``: "" (look only), "leaks" or "all"."""

@@ -115,6 +115,7 @@ class Opener:
         self.reactor = reactor
         self.queue = queue
         self.policy: Policy = AllowFiles() if policy is None else policy
+        self.warnings: list[str] = []  # oddities that did not keep the image from opening
 
     def metadata(self, path: str, access: Access) -> Handle:
         """A buffered, locked handle on an image file, for its header and window."""

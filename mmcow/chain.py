@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""From a name to an open chain of layers, top first.
+
+Owns: which format a file is, the walk from an image to its base, loop detection by identity, the
+bound on depth. Every rule here treats names inside images as input from a stranger.
+
+Never: moves data, interprets a header (the formats do).
+
+Formats: a file that begins with a known magic is that format or an error; any other file is raw.
+What an image records about its base holds. Where it can record nothing, the base is raw, unless
+it begins with a known magic: then the open is refused, and the text names both ways out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mmcow.errors import ChainError, LockedError, StorageError, UsageError
+from mmcow.formats import registry
+from mmcow.formats.driver import Driver
+from mmcow.formats.opening import Access, Opener
+from mmcow.storage.file import Cache
+from mmcow.storage.host import Host, Identity
+
+HEAD = 4096
+# Deeper chains are a mistake or an attack; QEMU's users hit trouble long before.
+DEPTH_MOST = 256
+
+
+class Layer(NamedTuple):
+    """One open layer. ``probed``: nobody said what format it is."""
+
+    driver: Driver
+    format: str
+    probed: bool
+
+
+class ChainOptions(NamedTuple):
+    """How to open a chain; see ``mmcow.image.open_image``."""
+
+    format: str | None = None
+    write: bool = False
+    cache: Cache = Cache.AUTO
+    base_cache: Cache = Cache.AUTO
+    share: bool = False
+    backing: bool = True
+    backing_format: str | None = None
+
+
+def probe_file(host: Host, path: str) -> str:
+    """The format whose magic ``path`` carries, "raw" if none. Takes no lock."""
+    handle = host.open(path, write=False, direct=False)
+    try:
+        return registry.probe(handle.read_at(0, HEAD))
+    finally:
+        handle.close()
+
+
+def open_chain(opener: Opener, path: str, options: ChainOptions) -> list[Layer]:
+    """Open ``path`` and everything below it. Nothing stays open after an error."""
+    layers: list[Layer] = []
+    seen: dict[Identity, str] = {}
+    access = Access(options.write, True, options.share, options.cache)
+    below = access._replace(write=False, top=False, cache=options.base_cache)
+    try:
+        layer = _open_layer(opener, path, options.format, access)
+        layers.append(layer)
+        _note_identities(opener, layer, seen)
+        while options.backing and layer.driver.info.has_backing:
+            if len(layers) >= DEPTH_MOST:
+                raise ChainError(
+                    layer.driver.path, "backing file", _backing_name(layer),
+                    f"the chain is deeper than {DEPTH_MOST} layers",
+                )  # fmt: skip
+            layer = _open_backing(opener, layer, below, options.backing_format)
+            layers.append(layer)
+            _note_identities(opener, layer, seen)
+    except BaseException:
+        close_layers(layers)
+        raise
+    return layers
+
+
+def close_layers(layers: list[Layer]) -> None:
+    """Close every layer; the first error is raised after all were closed."""
+    first: Exception | None = None
+    for layer in layers:
+        try:
+            layer.driver.close()
+        except Exception as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def _backing_name(layer: Layer) -> str:
+    backing = layer.driver.backing
+    return backing[0] if backing is not None else ""
+
+
+def _open_layer(opener: Opener, path: str, format_: str | None, access: Access) -> Layer:
+    probed = format_ is None
+    name = probe_file(opener.host, path) if format_ is None else format_
+    driver = registry.get(name).open(opener, path, access)
+    return Layer(driver, name, probed)
+
+
+def _open_backing(opener: Opener, above: Layer, access: Access, override: str | None) -> Layer:
+    """Open what ``above`` names as its base. Errors tell who named it."""
+    backing = above.driver.backing
+    assert backing is not None
+    name, recorded = backing
+    resolved = opener.permitted(above.driver.path, "backing file", name)
+    try:
+        format_ = recorded
+        if format_ is None:
+            format_ = override or _unrecorded_format(opener, above, name, resolved)
+        layer = _open_layer(opener, resolved, format_, access)
+    except LockedError:
+        raise
+    except StorageError as error:
+        problem = f"{error.what}: {error.strerror}"
+        raise ChainError(above.driver.path, "backing file", name, problem) from error
+    except UsageError as error:
+        raise ChainError(above.driver.path, "backing file", name, str(error)) from error
+    _check_changed_base(opener, above, layer)
+    return layer
+
+
+def _unrecorded_format(opener: Opener, above: Layer, name: str, resolved: str) -> str:
+    found = probe_file(opener.host, resolved)
+    if found == "raw":
+        return found
+    raise ChainError(
+        above.driver.path,
+        "backing file",
+        name,
+        f"begins like {found}, but {above.format} cannot record the format of its base: say it "
+        f"when opening (-F {found}, or -F raw if it is a raw disk whose guest wrote that)",
+    )
+
+
+def _check_changed_base(opener: Opener, above: Layer, base: Layer) -> None:
+    """Ask a format that records its base's state whether the base is still the same."""
+    text = above.driver.base_changed(base.driver.data.handle.mtime(), base.driver.info.size)
+    if text is not None:
+        opener.warnings.append(text)
+
+
+def _note_identities(opener: Opener, layer: Layer, seen: dict[Identity, str]) -> None:
+    """Refuse a chain in which one file plays two parts, whatever it is called."""
+    driver = layer.driver
+    parts = {driver.data.handle.identity: driver.data.path}
+    parts.setdefault(opener.host.stat(driver.path).identity, driver.path)
+    for identity, path in parts.items():
+        if identity in seen:
+            raise ChainError(
+                seen[identity], "backing file", path, "is already part of this chain (a loop)"
+            )
+    seen.update(parts)
+
+
+def describe_chain(layers: list[Layer]) -> str:
+    """One line for logs: "top.acow (add-cow) -> base.raw (raw)"."""
+    return " -> ".join(f"{layer.driver.path} ({layer.format})" for layer in layers)
+

@@ -1,0 +1,650 @@
+# SPDX-License-Identifier: MIT
+"""Every request algorithm, once for all formats: read, write, copy-up, zero, discard, resize.
+
+Owns: the split of a request over a chain of layers, two-phase allocation (reserve, write,
+publish), fills of partial clusters, the order of resize. A layer's driver says where bytes are;
+the engine moves them.
+
+Never: knows a format, decides what a mode or option means, blocks (every wait is an await).
+
+Rules of the request paths (docs/ARCHITECTURE.md "Requests"):
+
+- A cluster is published only after its bytes were written, and becomes durable only by a flush
+  that synced those bytes first. Until then readers see the old content.
+- Concurrent requests to a cluster that is being allocated wait (``Claims``), then find it there.
+- A write that covers whole clusters reads nothing from below; otherwise head, guest data and
+  tail go out as one write.
+- Bytes of the data file in an unallocated cluster are garbage: nothing ever shows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from typing import NamedTuple
+
+from mmcow.engine.flush import Flusher
+from mmcow.engine.gate import Claims, Gate
+from mmcow.errors import LayerFailed, ReadOnlyError, SyncFailed, UsageError
+from mmcow.formats.driver import Driver, Extent, Kind, Reservation
+from mmcow.native import aligned, is_zero
+from mmcow.ranges import align_down, align_up
+from mmcow.storage.window import settle
+from mmcow.tasks import Completion, Reactor
+
+# A larger request is done in pieces, so that bounce buffers and claims stay bounded.
+PIECE = 4 << 20
+# Zeroing moves no data: larger pieces, still bounded so that others get a turn.
+ZERO_PIECE = 1 << 30
+# Metadata changed and not yet written out; a flush starts by itself at this bound.
+STAGED_MOST = 16 << 20
+
+_ZEROS = bytes(1 << 16)
+
+
+class Segment(NamedTuple):
+    """A range of the disk with one answer over the whole chain.
+
+    ``depth`` counts layers from the top (0). BELOW means that no layer has it: zeros.
+    ``host`` is an offset in that layer's data file, -1 unless DATA or SPECIAL.
+    """
+
+    offset: int
+    length: int
+    kind: Kind
+    depth: int
+    host: int
+
+
+class Engine:
+    """Requests on a chain of layers, top first. Methods run under the reactor's lock."""
+
+    def __init__(self, reactor: Reactor, layers: list[Driver], *, writable: bool, name: str):
+        self.reactor = reactor
+        self.layers = layers
+        self.top = layers[0]
+        self.writable = writable
+        self.name = name
+        self.gate = Gate()
+        self.flusher = Flusher(reactor, self.top)
+        # Set by the opener where nobody vouched for "raw": see _guard_first_sector.
+        self.first_sector_guard: Callable[[bytes], str | None] | None = None
+        self._claims = Claims()
+
+    @property
+    def size(self) -> int:
+        """Of the disk, in bytes; a multiple of 512."""
+        return self.top.info.size
+
+    # ---- lookup ----
+
+    def resolve(self, offset: int, length: int, depth: int = 0) -> list[Segment]:
+        """Where the range's bytes are, seen from layer ``depth`` downwards; in order, no gaps."""
+        found: list[Segment] = []
+        todo: list[Segment | tuple[int, int, int]] = [(offset, offset + length, depth)]
+        while todo:
+            item = todo.pop()
+            if isinstance(item, Segment):
+                _append(found, item)
+                continue
+            start, end, layer = item
+            todo.extend(reversed(self._resolve_layer(start, end, layer)))
+        return found
+
+    def _resolve_layer(
+        self, start: int, end: int, depth: int
+    ) -> list[Segment | tuple[int, int, int]]:
+        """One step of ``resolve``: segments, and ranges (start, end, depth) still to resolve."""
+        driver = self.layers[depth]
+        size = driver.info.size
+        if start >= size:
+            return [Segment(start, end - start, Kind.BELOW, depth, -1)]
+        out: list[Segment | tuple[int, int, int]] = []
+        goes_on = driver.info.has_backing and depth + 1 < len(self.layers)
+        stop = min(end, size)
+        for extent in driver.map(start, stop - start):
+            length = min(extent.length, stop - extent.offset)
+            if extent.kind is Kind.BELOW and goes_on:
+                out.append((extent.offset, extent.offset + length, depth + 1))
+            else:
+                out.append(Segment(extent.offset, length, extent.kind, depth, extent.host))
+            start = extent.offset + length
+        if start < end:
+            out.append((start, end, depth))
+        return out
+
+    def _map_top(self, start: int, end: int) -> list[Extent]:
+        """The top layer's own extents over the whole of [start, end)."""
+        extents: list[Extent] = []
+        while start < end:
+            got = self.top.map(start, end - start)
+            extents += got
+            start = got[-1].offset + got[-1].length
+        return extents
+
+    def block_status(
+        self, offset: int, length: int, depth: int = 0, layers: int | None = None
+    ) -> Iterator[Segment]:
+        """Segments with holes of data files told apart: a hole is ZERO. Ask under the lock."""
+        end = offset + length
+        while offset < end:
+            piece = min(end - offset, ZERO_PIECE)
+            segments = (
+                self.resolve(offset, piece, depth)
+                if layers is None
+                else self._own_segments(offset, piece, depth)
+            )
+            for segment in segments:
+                yield from self._split_holes(segment)
+            offset += piece
+
+    def _own_segments(self, offset: int, length: int, depth: int) -> list[Segment]:
+        """What layer ``depth`` alone says."""
+        items = self._resolve_layer(offset, offset + length, depth)
+        segments: list[Segment] = []
+        while items:
+            item = items.pop(0)
+            if isinstance(item, Segment):
+                _append(segments, item)
+            elif item[2] == depth:
+                items = self._resolve_layer(item[0], item[1], depth) + items
+            else:
+                _append(segments, Segment(item[0], item[1] - item[0], Kind.BELOW, depth, -1))
+        return segments
+
+    def _split_holes(self, segment: Segment) -> Iterator[Segment]:
+        if segment.kind is not Kind.DATA:
+            yield segment
+            return
+        file = self.layers[segment.depth].data
+        offset, length, host = segment.offset, segment.length, segment.host
+        while length:
+            hole, run = file.is_hole(host, length)
+            kind = Kind.ZERO if hole else Kind.DATA
+            yield Segment(offset, run, kind, segment.depth, host)
+            offset, length, host = offset + run, length - run, host + run
+
+    # ---- read ----
+
+    def read(self, offset: int, into: memoryview) -> Completion[int]:
+        """Fill ``into`` from the disk. Starts at once; completes with a number to be ignored."""
+        self._check_range(offset, len(into))
+        if not self.gate.closed:
+            segments = self.resolve(offset, len(into))
+            if len(segments) == 1 and segments[0].kind is Kind.DATA:
+                segment = segments[0]
+                file = self.layers[segment.depth].data
+                return self._counted(file.read(segment.host, (into,)))
+        return self.reactor.spawn(self._read(offset, into))
+
+    def _counted(self, completion: Completion[int]) -> Completion[int]:
+        """Count a request that needs no coroutine as inside until it is done."""
+        self.gate.inside += 1
+        completion.on_done(self._leave)
+        return completion
+
+    def _leave(self, _: Completion[int]) -> None:
+        self.gate.leave()
+
+    async def _read(self, offset: int, into: memoryview) -> int:
+        await self.gate.enter()
+        try:
+            await self._read_from(0, offset, into)
+        finally:
+            self.gate.leave()
+        return len(into)
+
+    async def _read_from(self, depth: int, offset: int, into: memoryview) -> None:
+        """Read as seen from layer ``depth``."""
+        waits: list[Completion[int]] = []
+        for segment in self.resolve(offset, len(into), depth):
+            at = segment.offset - offset
+            part = into[at : at + segment.length]
+            if segment.kind is Kind.DATA:
+                waits.append(self.layers[segment.depth].data.read(segment.host, (part,)))
+            elif segment.kind is Kind.SPECIAL:
+                waits.append(self.reactor.spawn(self._read_special(segment, part)))
+            else:
+                _fill_zeros(part)
+        await settle(waits)
+
+    async def _read_special(self, segment: Segment, into: memoryview) -> int:
+        """A part of a special extent: the driver reads the whole, the part is copied."""
+        driver = self.layers[segment.depth]
+        cluster = align_down(segment.offset, driver.info.cluster_size)
+        end = align_up(segment.offset + segment.length, driver.info.cluster_size)
+        for extent in driver.map(cluster, end - cluster):
+            whole = memoryview(bytearray(extent.length))
+            await driver.read_special(extent, whole)
+            first = max(extent.offset, segment.offset)
+            last = min(extent.offset + extent.length, segment.offset + segment.length)
+            into[first - segment.offset : last - segment.offset] = whole[
+                first - extent.offset : last - extent.offset
+            ]
+        return len(into)
+
+    # ---- write ----
+
+    def write(self, offset: int, data: memoryview) -> Completion[int]:
+        """Write ``data``. Starts at once; ``data`` must stay unchanged until completion."""
+        self._check_change("write", offset, len(data))
+        if not self.gate.closed and not self.top.data.cache.write_through and len(data) <= PIECE:
+            extents = self.top.map(offset, len(data)) if len(data) else []
+            if (
+                extents
+                and extents[0].kind is Kind.DATA
+                and extents[0].length >= len(data)
+                and (offset >= 512 or self.first_sector_guard is None)
+            ):
+                return self._counted(self.top.data.write(extents[0].host, (data,)))
+        return self.reactor.spawn(self._write(offset, data))
+
+    async def _write(self, offset: int, data: memoryview) -> int:
+        return await self._change(self._write_pieces(offset, data), len(data))
+
+    async def _change(self, work: Awaitable[None], length: int) -> int:
+        """Run one change inside the gate, and flush it if the cache mode wants that."""
+        await self.gate.enter()
+        try:
+            await work
+        finally:
+            self.gate.leave()
+        if self.top.data.cache.write_through:
+            await self.flusher.flush()
+        return length
+
+    async def _write_pieces(self, offset: int, data: memoryview) -> None:
+        self.flusher.check()
+        if offset < 512 and self.first_sector_guard is not None and len(data):
+            await self._guard_first_sector(offset, data)
+        while len(data):
+            stop = align_down(offset + PIECE, self.top.info.cluster_size)
+            length = min(len(data), stop - offset)
+            await self._write_piece(offset, data[:length])
+            offset, data = offset + length, data[length:]
+
+    async def _guard_first_sector(self, offset: int, data: memoryview) -> None:
+        """A disk taken for raw only because it had no magic must not be given one by its guest:
+        the next opening would follow names that the guest wrote."""
+        assert self.first_sector_guard is not None
+        head = aligned(512)
+        await self._read_from(0, 0, head)
+        part = data[: 512 - offset]
+        head[offset : offset + len(part)] = part
+        found = self.first_sector_guard(bytes(head))
+        if found is not None:
+            raise UsageError(
+                f"{self.name}: write to the first sector refused: it would make this disk look "
+                f"like {found}; open it with the format 'raw' given to allow that"
+            )
+
+    async def _write_piece(self, offset: int, data: memoryview) -> None:
+        extents = self._map_top(offset, offset + len(data))
+        if all(extent.kind is Kind.DATA for extent in extents):
+            await self._write_mapped(offset, data, extents)
+        else:
+            await self._write_allocating(offset, data)
+
+    async def _write_mapped(self, offset: int, data: memoryview, extents: list[Extent]) -> None:
+        writes = []
+        for extent in extents:
+            at = extent.offset - offset
+            part = data[at : at + extent.length]
+            writes.append(self.top.data.write(extent.host, (part,)))
+        await settle(writes)
+
+    async def _write_allocating(self, offset: int, data: memoryview) -> None:
+        """Write where at least one cluster is not this layer's yet: reserve, write, publish."""
+        cluster = self.top.info.cluster_size
+        end = offset + len(data)
+        start, stop = align_down(offset, cluster), align_up(end, cluster)
+        claim = await self._claims.take(start, stop)
+        try:
+            extents = self._map_top(start, stop)
+            if all(extent.kind is Kind.DATA for extent in extents):
+                inner = self._map_top(offset, end)
+                await self._write_mapped(offset, data, inner)
+                return
+            head, tail = await self._fills(offset, end, start, stop, extents)
+            reservation = self.top.reserve(start, stop - start)
+            try:
+                await self._write_reserved(reservation, offset - len(head), (head, data, tail))
+            except BaseException:
+                self.top.abandon(reservation)
+                raise
+            self.flusher.check()
+            self.top.publish(reservation)
+        finally:
+            self._claims.drop(claim)
+        self._bound_staged()
+
+    async def _fills(
+        self, offset: int, end: int, start: int, stop: int, extents: list[Extent]
+    ) -> tuple[memoryview, memoryview]:
+        """Content that the first and last cluster need around the guest's bytes."""
+        stop = min(stop, self.size)  # nothing is needed behind the disk's end
+        head_length = offset - start if extents[0].kind is not Kind.DATA else 0
+        tail_length = max(stop - end, 0) if extents[-1].kind is not Kind.DATA else 0
+        head, tail = aligned(head_length), aligned(tail_length)
+        if head_length:
+            await self._read_from(0, start, head)
+        if tail_length:
+            await self._read_from(0, end, tail)
+        return head, tail
+
+    async def _write_reserved(
+        self, reservation: Reservation, offset: int, buffers: tuple[memoryview, ...]
+    ) -> None:
+        """Write consecutive buffers from ``offset`` into reserved room, piece by piece."""
+        end = offset + sum(len(buffer) for buffer in buffers)
+        writes = []
+        for piece_offset, piece_length, host in reservation.pieces:
+            first, last = max(piece_offset, offset), min(piece_offset + piece_length, end)
+            if first < last:
+                parts = _slice(buffers, first - offset, last - offset)
+                writes.append(self.top.data.write(host + first - piece_offset, parts))
+        await settle(writes)
+
+    def _bound_staged(self) -> None:
+        """Staged metadata is bounded: past the bound it is written out without being asked."""
+        window = self.top.window
+        if window is not None and self.flusher.idle and window.dirty() > STAGED_MOST:
+            self.reactor.spawn(self._flush_quietly())
+
+    async def _flush_quietly(self) -> None:
+        try:
+            await self.flusher.flush()
+        except Exception:
+            pass  # sticky failures are kept by the flusher, others come again at the next flush
+
+    # ---- zeroes and discard ----
+
+    def write_zeroes(self, offset: int, length: int, may_unmap: bool = True) -> Completion[int]:
+        """Make a range read as zeros. ``may_unmap`` False keeps its space reserved."""
+        self._check_change("write_zeroes", offset, length)
+        work = self._zero_pieces(offset, offset + length, may_unmap)
+        return self.reactor.spawn(self._change(work, length))
+
+    async def _zero_pieces(self, offset: int, end: int, may_unmap: bool) -> None:
+        self.flusher.check()
+        cluster = self.top.info.cluster_size
+        while offset < end:
+            stop = min(end, align_down(offset + max(ZERO_PIECE, cluster), cluster))
+            claim = await self._claims.take(align_down(offset, cluster), align_up(stop, cluster))
+            try:
+                for extent in self._map_top(offset, stop):
+                    await self._zero_extent(extent, may_unmap)
+            finally:
+                self._claims.drop(claim)
+            offset = stop
+        self._bound_staged()
+
+    async def _zero_extent(self, extent: Extent, may_unmap: bool) -> None:
+        """Zero one extent of the top layer; its clusters are claimed by the caller."""
+        if extent.kind is Kind.DATA:
+            await self.top.data.zero(extent.host, extent.length, may_punch=may_unmap)
+            return
+        if extent.kind is Kind.ZERO and may_unmap:
+            return
+        if may_unmap and self._reads_zero_below(extent.offset, extent.length):
+            return  # nothing anywhere below: it reads as zeros already
+        cluster = self.top.info.cluster_size
+        end = extent.offset + extent.length
+        first, last = align_up(extent.offset, cluster), align_down(end, cluster)
+        if end == self.size:
+            last = align_up(end, cluster)  # a last partial cluster is whole as far as it exists
+        if first >= last:
+            await self._zero_partial(extent.offset, end)
+            return
+        await self._zero_partial(extent.offset, first)
+        await self._zero_clusters(first, last, may_unmap)
+        await self._zero_partial(min(last, end), end)
+
+    def _reads_zero_below(self, offset: int, length: int) -> bool:
+        segments = self.resolve(offset, length)
+        return all(segment.kind in (Kind.BELOW, Kind.ZERO) for segment in segments)
+
+    async def _zero_partial(self, start: int, end: int) -> None:
+        """Zero part of a cluster that is not this layer's yet: the rest is filled from below."""
+        cluster = self.top.info.cluster_size
+        while start < end:
+            stop = min(end, align_up(start + 1, cluster))
+            first = align_down(start, cluster)
+            content = aligned(min(first + cluster, self.size) - first)
+            await self._read_from(0, first, content)
+            _fill_zeros(content[start - first : stop - first])
+            reservation = self.top.reserve(first, cluster)
+            try:
+                await self._write_reserved(reservation, first, (content,))
+            except BaseException:
+                self.top.abandon(reservation)
+                raise
+            self.top.publish(reservation)
+            start = stop
+
+    async def _zero_clusters(self, first: int, last: int, may_unmap: bool) -> None:
+        """Zero whole clusters. By a mark where the format has one; else their room is emptied
+        first (what lies there under an unset bit is garbage), and published then."""
+        if self.top.info.can_zero and may_unmap:
+            self.top.unmap(first, last - first, Kind.ZERO)
+            return
+        reservation = self.top.reserve(first, last - first)
+        try:
+            for _, length, host in reservation.pieces:
+                await self.top.data.zero(host, length, may_punch=may_unmap)
+        except BaseException:
+            self.top.abandon(reservation)
+            raise
+        self.top.publish(reservation)
+
+    def discard(self, offset: int, length: int) -> Completion[int]:
+        """Give space back where this layer has the range; what lies below stays hidden.
+
+        Whole blocks inside read as zeros afterwards, the rest keeps its content: a hint.
+        """
+        self._check_change("discard", offset, length)
+        work = self._discard_pieces(offset, offset + length)
+        return self.reactor.spawn(self._change(work, length))
+
+    async def _discard_pieces(self, offset: int, end: int) -> None:
+        self.flusher.check()
+        cluster = self.top.info.cluster_size
+        while offset < end:
+            stop = min(end, align_down(offset + max(ZERO_PIECE, cluster), cluster))
+            claim = await self._claims.take(align_down(offset, cluster), align_up(stop, cluster))
+            try:
+                for extent in self._map_top(offset, stop):
+                    await self._discard_extent(extent)
+            finally:
+                self._claims.drop(claim)
+            offset = stop
+
+    async def _discard_extent(self, extent: Extent) -> None:
+        if extent.kind is not Kind.DATA:
+            return
+        if not self.top.info.can_zero:
+            await self.top.data.discard(extent.host, extent.length)
+            return
+        cluster = self.top.info.cluster_size
+        first = align_up(extent.offset, cluster)
+        last = align_down(extent.offset + extent.length, cluster)
+        if first < last:
+            self.top.unmap(first, last - first, Kind.ZERO)
+
+    # ---- flush, copy-up, giving up, resize ----
+
+    async def flush(self) -> None:
+        """Make every change durable that was acknowledged before this call."""
+        if self.writable:
+            await self.flusher.flush()
+
+    async def copy_up(self, offset: int, length: int) -> int:
+        """Bring a range of whole clusters into the top layer from below; returns the bytes moved.
+
+        What is there already stays. Zeros are punched, not written. Not durable before a flush.
+        """
+        await self.gate.enter()
+        try:
+            self.flusher.check()
+            return await self._copy_up(offset, min(offset + length, self.size))
+        finally:
+            self.gate.leave()
+
+    async def _copy_up(self, offset: int, end: int) -> int:
+        cluster = self.top.info.cluster_size
+        moved = 0
+        claim = await self._claims.take(offset, align_up(end, cluster))
+        try:
+            for extent in self._map_top(offset, align_up(end, cluster)):
+                if extent.kind is Kind.BELOW:
+                    moved += await self._copy_up_extent(extent)
+        finally:
+            self._claims.drop(claim)
+        self._bound_staged()
+        return moved
+
+    async def _copy_up_extent(self, extent: Extent) -> int:
+        """Copy one unallocated run: reserve it, fill it, publish it."""
+        moved = 0
+        reservation = self.top.reserve(extent.offset, extent.length)
+        try:
+            for offset, length, host in reservation.pieces:
+                visible = min(length, self.size - offset)
+                for segment in self._known_segments(offset, visible):
+                    at = host + segment.offset - offset
+                    moved += await self._copy_segment(segment, at)
+        except BaseException:
+            self.top.abandon(reservation)
+            raise
+        self.top.publish(reservation)
+        return moved
+
+    def _known_segments(self, offset: int, length: int) -> list[Segment]:
+        return [
+            part
+            for segment in self.resolve(offset, length)
+            for part in self._split_holes(segment)
+        ]
+
+    async def _copy_segment(self, segment: Segment, host: int) -> int:
+        if segment.kind in (Kind.ZERO, Kind.BELOW):
+            await self.top.data.zero(host, segment.length)
+            return 0
+        offset, left = segment.offset, segment.length
+        while left:
+            part = aligned(min(left, PIECE))
+            await self._read_from(0, offset, part)
+            if is_zero(part):
+                await self.top.data.zero(host, len(part))
+            else:
+                await self.top.data.write(host, (part,))
+            offset, host, left = offset + len(part), host + len(part), left - len(part)
+        return segment.length
+
+    async def give_up(self, offset: int, length: int, prepare: Awaitable[None]) -> None:
+        """Show the base again in a range, once ``prepare`` has put the content there durably.
+
+        Alone in the engine: the bits are cleared, that is made durable, and only then is the
+        space given back. A stop anywhere leaves the same disk.
+        """
+        await self.gate.close()
+        try:
+            self.flusher.check()
+            await prepare
+            hosts = []
+            for extent in self._map_top(offset, align_up(offset + length, self._cluster)):
+                if extent.kind is Kind.DATA:
+                    hosts.append((extent.host, extent.length))
+                    self.top.unmap(extent.offset, extent.length, Kind.BELOW)
+            await self.flusher.flush()
+            for host, extent_length in hosts:
+                await self.top.data.discard(host, extent_length)
+        finally:
+            self.gate.open()
+
+    @property
+    def _cluster(self) -> int:
+        return self.top.info.cluster_size
+
+    async def resize(self, size: int, *, shrink: bool = False) -> None:
+        """Change the disk's size (rounded up to 512), durably. ``shrink`` allows losing its end."""
+        self._check_writable("resize")
+        size = align_up(size, 512)
+        if size < self.size and not shrink:
+            raise UsageError(
+                f"{self.name}: resize from {self.size} to {size} would lose data at the end: "
+                "allow it explicitly (shrink)"
+            )
+        await self.gate.close()
+        try:
+            await self.flusher.flush()
+            has_base = self.top.info.has_backing and len(self.layers) > 1
+            below = self.layers[1].info.size if has_base else 0
+            edge = align_down(self.size, self._cluster)
+            if size > self.size and edge != self.size and below > self.size:
+                await self._copy_up(edge, self.size)
+                await self.flusher.flush()
+            if size != self.size:
+                await self.top.resize(size, below)
+        except SyncFailed as error:
+            self.flusher.fail(error)
+            raise
+        finally:
+            self.gate.open()
+
+    async def close(self) -> None:
+        """Wait for requests in flight, then flush. Resources are released by the caller."""
+        await self.gate.close()
+        try:
+            if self.writable and self.flusher.failure is None:
+                await self.flusher.flush()
+        finally:
+            self.gate.open()
+
+    # ---- checks ----
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.top.info.size:
+            raise UsageError(
+                f"{self.name}: range {offset}+{length} is not inside the disk of "
+                f"{self.top.info.size} bytes"
+            )
+
+    def _check_writable(self, what: str) -> None:
+        if not self.writable:
+            raise ReadOnlyError(self.name, what)
+        if self.reactor.interrupted is not None:
+            raise LayerFailed(self.name, self.reactor.interrupted)
+        self.flusher.check()
+
+    def _check_change(self, what: str, offset: int, length: int) -> None:
+        self._check_range(offset, length)
+        self._check_writable(what)
+
+
+def _append(segments: list[Segment], segment: Segment) -> None:
+    """Add a segment, merged with the last one where they go on from each other."""
+    if segments:
+        last = segments[-1]
+        if last.kind is segment.kind and last.depth == segment.depth and (
+            last.host < 0 or last.host + last.length == segment.host
+        ):
+            segments[-1] = last._replace(length=last.length + segment.length)
+            return
+    segments.append(segment)
+
+
+def _fill_zeros(part: memoryview) -> None:
+    for start in range(0, len(part), len(_ZEROS)):
+        stop = min(start + len(_ZEROS), len(part))
+        part[start:stop] = _ZEROS[: stop - start]
+
+
+def _slice(buffers: tuple[memoryview, ...], start: int, end: int) -> list[memoryview]:
+    """The bytes [start, end) of consecutive buffers, without copying."""
+    parts = []
+    for buffer in buffers:
+        first, last = max(start, 0), min(end, len(buffer))
+        if first < last:
+            parts.append(buffer[first:last])
+        start, end = start - len(buffer), end - len(buffer)
+    return parts

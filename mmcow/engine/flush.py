@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""The one place where written data and metadata become durable, in order.
+
+Owns: the flush (copy of dirty metadata, data sync, metadata groups with a barrier after each),
+the sharing of one run by concurrent callers, and the sticky failure.
+
+Order, and why (docs/ARCHITECTURE.md "Flush"): the copy is taken before the data sync, so that
+a mapping published meanwhile belongs to the next flush; a mapping that is durable before its
+data would show garbage after a power cut.
+
+After a failed sync the kernel has marked the pages clean: the next sync would return 0 while the
+disk holds the old bytes. So the layer is failed, for good, until it is opened again.
+"""
+
+from __future__ import annotations
+
+from mmcow.errors import LayerFailed, StorageError, SyncFailed
+from mmcow.formats.driver import Driver, Staged
+from mmcow.tasks import Completion, Reactor
+
+
+class Flusher:
+    """Flushes one layer."""
+
+    def __init__(self, reactor: Reactor, driver: Driver) -> None:
+        self._reactor = reactor
+        self._driver = driver
+        self._running: Completion[None] | None = None
+        self._next: Completion[None] | None = None
+        self.failure: BaseException | None = None
+
+    def check(self) -> None:
+        """Raise LayerFailed if an earlier sync failed."""
+        if self.failure is not None:
+            raise LayerFailed(self._driver.path, self.failure)
+
+    def fail(self, cause: BaseException) -> None:
+        """Refuse every later change and flush: what is on the disk is no longer known."""
+        if self.failure is None:
+            self.failure = cause
+
+    @property
+    def idle(self) -> bool:
+        """No flush is running or waiting to run."""
+        return self._running is None and self._next is None
+
+    async def flush(self) -> None:
+        """Make everything durable whose request completed before this call.
+
+        A run that has begun took its copy already, so callers join the one after it.
+        """
+        self.check()
+        if self._next is None:
+            self._next = Completion()
+            self._reactor.spawn(self._run(self._running, self._next))
+        await self._next
+
+    async def _run(self, previous: Completion[None] | None, mine: Completion[None]) -> None:
+        if previous is not None:
+            try:
+                await previous
+            except Exception:
+                pass  # its own callers hear of it; a sticky failure stops this run below
+        self._running, self._next = mine, None
+        try:
+            self.check()
+            await self._flush_once()
+        except BaseException as error:
+            self._running = None
+            mine.fail(error)
+        else:
+            self._running = None
+            mine.set(None)
+
+    async def _flush_once(self) -> None:
+        staged = self._driver.stage()
+        try:
+            await self._driver.data.sync()
+        except BaseException as error:
+            self.fail(error)
+            raise
+        if staged is not None:
+            await self._write_groups(staged)
+            self._driver.settled(staged)
+
+    async def _write_groups(self, staged: Staged) -> None:
+        for number, group in enumerate(staged.groups):
+            try:
+                await group.window.write_out(group)
+            except SyncFailed as error:
+                self.fail(error)
+                raise
+            except StorageError:
+                # Nothing is lost: a full disk may be emptied. The next flush tries again, in the
+                # same order.
+                for left in staged.groups[number:]:
+                    left.window.put_back(left)
+                raise
+            except BaseException as error:
+                self.fail(error)
+                raise

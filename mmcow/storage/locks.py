@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""QEMU's image locks: byte ranges that qemu-img, a running QEMU and mmcow all respect.
+
+Byte 100+i held says "I use permission i", byte 200+i "I let no other use permission i". Every
+lock is a shared (read) lock of one byte on an open file description, so it goes when the last
+descriptor is closed, however the process ends. Taking: lock what is wanted first, then test
+whether anybody else holds a byte that contradicts it; that order makes it free of races.
+
+Owns: taking, changing and dropping the bytes of one descriptor; finding who holds them.
+Never: knows which role wants which bytes (``formats.opening.lock_sets``).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterable, Iterator
+
+from mmcow.errors import LockedError, StorageError
+from mmcow.storage.host import Identity
+
+USE = 100
+DENY = 200
+
+_NAMES = {0: "read", 1: "write", 2: "write unchanged data", 3: "resize"}
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, len, pid
+
+
+def acquire(
+    descriptor: int,
+    path: str,
+    identity: Identity,
+    held: frozenset[int],
+    use: frozenset[int],
+    deny: frozenset[int],
+) -> frozenset[int]:
+    """Change the bytes that ``descriptor`` holds from ``held`` to those of ``use`` and ``deny``.
+
+    Returns the new set. On LockedError the old set is still held.
+    """
+    wanted = frozenset(USE + bit for bit in use) | frozenset(DENY + bit for bit in deny)
+    taken: list[int] = []
+    try:
+        for byte in sorted(wanted - held):
+            _set(descriptor, path, byte, fcntl.F_RDLCK)
+            taken.append(byte)
+        for bit in sorted(use):
+            _test(descriptor, path, identity, DENY + bit, f"{_NAMES.get(bit, bit)} is denied")
+        for bit in sorted(deny):
+            _test(descriptor, path, identity, USE + bit, f"{_NAMES.get(bit, bit)} is in use")
+    except StorageError:
+        for byte in taken:
+            _set(descriptor, path, byte, fcntl.F_UNLCK)
+        raise
+    for byte in held - wanted:
+        _set(descriptor, path, byte, fcntl.F_UNLCK)
+    return wanted
+
+
+def _set(descriptor: int, path: str, byte: int, kind: int) -> None:
+    request = _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, request)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            # Somebody holds a write lock, which QEMU's scheme never takes: a foreign tool.
+            raise LockedError(errno.EAGAIN, "lock", path) from error
+        raise StorageError(error.errno or errno.EIO, "lock", path) from error
+
+
+def _test(descriptor: int, path: str, identity: Identity, byte: int, problem: str) -> None:
+    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, request)
+    except OSError as error:
+        raise StorageError(error.errno or errno.EIO, "lock", path) from error
+    if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+        holders = tuple(_describe(pid) for pid in find_holders(identity, (byte,)))
+        raise LockedError(errno.EAGAIN, f"lock ({problem})", path, holders)
+
+
+def find_holders(identity: Identity, lock_bytes: Iterable[int]) -> list[int]:
+    """Processes that hold one of the bytes, as far as /proc tells this user.
+
+    The kernel reports no owner for locks of open file descriptions; /proc/PID/fdinfo lists them.
+    """
+    wanted = set(lock_bytes)
+    inode = f":{identity.inode} "
+    return sorted({pid for pid in _processes() if _holds(pid, inode, wanted)})
+
+
+def _processes() -> Iterator[int]:
+    try:
+        names = os.listdir("/proc")
+    except OSError:
+        return
+    for name in names:
+        if name.isdigit():
+            yield int(name)
+
+
+def _holds(pid: int, inode: str, wanted: set[int]) -> bool:
+    directory = f"/proc/{pid}/fdinfo"
+    try:
+        descriptors = os.listdir(directory)
+    except OSError:
+        return False  # ended, or another user's
+    for descriptor in descriptors:
+        try:
+            with open(f"{directory}/{descriptor}", encoding="ascii", errors="replace") as file:
+                lines = [line for line in file if line.startswith("lock:") and inode in line]
+        except OSError:
+            continue
+        if any(_covers(line, wanted) for line in lines):
+            return True
+    return False
+
+
+def _covers(line: str, wanted: set[int]) -> bool:
+    """``line``: "lock: 1: OFDLCK ADVISORY READ -1 fe:00:123 100 100"."""
+    fields = line.split()
+    first, last = fields[-2], fields[-1]
+    end = max(wanted) if last == "EOF" else int(last)
+    return any(int(first) <= byte <= end for byte in wanted)
+
+
+def _describe(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return f"{file.read().strip()}, pid {pid}"
+    except OSError:
+        return f"pid {pid}"
