@@ -39,7 +39,7 @@ from mmcow.storage.host import (
 from mmcow.tasks import Completion
 from tests.sim.disk import SECTOR, Change, Directory, Inode
 from tests.sim.faults import Fault
-from tests.sim.view import PlainView
+from tests.sim.view import native_view
 
 BLOCK = 4096  # of the simulated file system: what a hole is made of
 LOG = 400  # calls remembered for a story
@@ -57,7 +57,7 @@ class Machine:
         can_punch: bool = True,
         can_zero: bool = True,
         mapped: bool = False,
-        make_view: Callable[[bytes, int, int, int, str], Any] = PlainView,
+        make_view: Callable[[bytes, int, int, int, str], Any] = native_view,
     ) -> None:
         self.direct_align = direct_align  # None: O_DIRECT is refused
         self.can_punch = can_punch

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""A metadata view in plain Python: what ``storage.host.View`` means, in the fewest words.
+"""Views of metadata for the simulated machine.
 
-The simulator prefers the C helper's memory view, so that the real bit scans and dirty marks are
-under test; this one is the oracle that view is compared with.
+The simulator uses the C helper's memory view, so that the real bit scans and dirty marks are under
+test. ``PlainView`` says in the fewest words of Python what ``storage.host.View`` means; it is the
+oracle which the C one is compared with.
 """
 
 from __future__ import annotations
 
 import errno
 
+from mmcow._mmc import ffi, lib
 from mmcow.errors import StorageError
+from mmcow.storage.linux import NativeView
 
 
 class PlainView:
@@ -115,3 +118,14 @@ class PlainView:
     def _inside(self, offset: int, length: int) -> None:
         if offset < 0 or offset + length > len(self._bytes):
             raise StorageError(errno.ERANGE, "view", self._path, offset, length)
+
+
+def native_view(content: bytes, size: int, reserve: int, unit: int, path: str) -> NativeView:
+    """The C helper's view over plain memory: its bit scans and dirty marks are the real ones."""
+    error = ffi.new("int *")
+    pointer = lib.mmc_view_memory(size, reserve, unit, error)
+    if pointer == ffi.NULL:
+        raise MemoryError(f"mmc_view_memory: errno {-error[0]}")
+    view = NativeView(pointer, path, unit)
+    view.fill(0, content[:size])
+    return view
