@@ -177,6 +177,7 @@ class UmlHeaderV3Unpacked(ctypes.BigEndianStructure):
         ("alignment", ctypes.c_uint32),
         ("cow_format", ctypes.c_uint32),
         ("backing_file", ctypes.c_char * 4096),
+        ("padding_end", ctypes.c_uint32),
     )
 
 
