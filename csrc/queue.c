@@ -60,7 +60,9 @@ int mmc_wait_readable(int fd, const struct mmc_deadline *deadline)
     struct timespec left;
     int rc = ppoll(&poll, 1, mmc_deadline_left(deadline, &left), NULL);
 
-    return rc < 0 ? -errno : rc;
+    if (rc >= 0)
+        return rc;
+    return errno == EINTR ? -EINTR : 0; /* ENOMEM: the caller's next turn waits again */
 }
 
 /* ---- requests ----------------------------------------------------------- */

@@ -59,7 +59,7 @@ struct mmc_deadline {
 struct mmc_deadline mmc_deadline_in(int timeout_ms);
 /* Fills in the time left, at least 0, and returns it: NULL for ever, as ppoll has it. */
 struct timespec *mmc_deadline_left(const struct mmc_deadline *deadline, struct timespec *left);
-/* Sleeps until `fd` polls readable: 1, 0 on time-out, or -errno. */
+/* Sleeps until `fd` polls readable: 1, 0 on time-out, or -EINTR. */
 int mmc_wait_readable(int fd, const struct mmc_deadline *deadline);
 
 #endif

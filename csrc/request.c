@@ -124,6 +124,7 @@ int mmc_request_set(struct mmc_request *request, const struct mmc_op *op)
     request->iov_next = 0;
     request->iov_count = 0;
     request->retries = 0;
+    request->is_blocking = op->code == MMC_MSYNC;
     request->fd = op->fd;
     request->code = op->code;
     request->mode = op->mode;

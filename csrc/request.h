@@ -28,6 +28,7 @@ struct mmc_request {
     uint32_t iov_next;
     uint32_t iov_count;
     uint32_t retries;
+    bool is_blocking; /* for a worker, also where there is a ring */
     int32_t fd;
     int32_t code;
     int32_t mode;

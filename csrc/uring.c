@@ -22,6 +22,9 @@
 #include "queue.h"
 #include "workers.h"
 
+/* A second of pauses; what then is still not submitted goes with the next turn. */
+#define SUBMIT_TRIES 1000
+
 struct uring {
     struct mmc_queue *queue;
     struct io_uring ring;
@@ -71,14 +74,12 @@ static void prepare(struct io_uring_sqe *sqe, struct mmc_request *request)
         io_uring_prep_fallocate(sqe, request->fd, request->mode, (off_t)request->offset,
                                 (off_t)request->left);
         break;
-    case MMC_MSYNC: /* a worker ran it; this brings the result to who waits */
     case MMC_NOP:
         io_uring_prep_nop(sqe);
         break;
     default:
         prepare_transfer(sqe, request);
     }
-    io_uring_sqe_set_data(sqe, request);
 }
 
 /* Puts the request into the submission ring. The caller holds the queue's lock. */
@@ -87,8 +88,13 @@ static void publish(struct uring *uring, struct mmc_request *request)
     struct io_uring_sq *sq = &uring->ring.sq;
     const unsigned tail = *sq->ktail;
     const unsigned index = tail & sq->ring_mask;
+    struct io_uring_sqe *sqe = &sq->sqes[index];
 
-    prepare(&sq->sqes[index], request);
+    if (request->is_blocking)
+        io_uring_prep_nop(sqe); /* a worker ran it; this wakes who waits for it */
+    else
+        prepare(sqe, request);
+    io_uring_sqe_set_data(sqe, request);
     sq->array[index] = index;
     io_uring_smp_store_release(sq->ktail, tail + 1);
 }
@@ -98,7 +104,7 @@ static void start(struct uring *uring, struct mmc_request *request)
 {
     struct mmc_requests one = {0};
 
-    if (request->code != MMC_MSYNC) {
+    if (!request->is_blocking) {
         publish(uring, request);
         return;
     }
@@ -120,33 +126,32 @@ static void start_waiting(struct uring *uring)
 
 /* ---- entering the kernel ------------------------------------------------ */
 
-static bool is_pressure(int rc)
-{
-    return rc == -EAGAIN || rc == -EBUSY || rc == -ENOMEM;
-}
-
+/* The kernel is short of memory (EAGAIN, EBUSY), or worse. What is published stays so,
+ * and what was taken cannot be refused any more: the only way is to try again. */
 static void pause_briefly(void)
 {
     nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
 }
 
-/* Hands over what is published, without waiting. */
-static int submit(struct uring *uring)
+/* Hands over what is published, without waiting for completions. */
+static void submit(struct uring *uring)
 {
+    unsigned tries = 0;
     uint32_t count;
-    int rc = 0;
 
-    while ((count = unsubmitted(uring)) && (rc >= 0 || rc == -EINTR || is_pressure(rc))) {
-        if (is_pressure(rc))
-            pause_briefly();
-        rc = io_uring_enter((unsigned)uring->ring.ring_fd, count, 0, 0, NULL);
+    while ((count = unsubmitted(uring)) && tries < SUBMIT_TRIES) {
+        if (io_uring_enter((unsigned)uring->ring.ring_fd, count, 0, 0, NULL) >= 0)
+            continue;
+        pause_briefly();
+        tries++;
     }
-    return count ? rc : 0;
 }
 
+enum wake { WAKE_LOOK, WAKE_SIGNAL, WAKE_TROUBLE };
+
 /* Hands over what is published and sleeps until there is a completion: one system
- * call. Returns 0 when it is worth to look, -ETIME, -EINTR, other -errno. */
-static int submit_and_wait(struct uring *uring, const struct mmc_deadline *deadline)
+ * call. Returns why it woke, as far as that matters where nothing has completed. */
+static enum wake submit_and_wait(struct uring *uring, const struct mmc_deadline *deadline)
 {
     struct io_uring_getevents_arg argument = {0};
     struct __kernel_timespec timeout;
@@ -162,14 +167,14 @@ static int submit_and_wait(struct uring *uring, const struct mmc_deadline *deadl
     rc = io_uring_enter2((unsigned)uring->ring.ring_fd, count, 1,
                          IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG, (sigset_t *)&argument,
                          sizeof(argument));
+    if (rc == -EINTR)
+        return WAKE_SIGNAL;
     if (rc < 0)
-        return rc;
+        return rc == -ETIME ? WAKE_LOOK : WAKE_TROUBLE;
     /* Where something was submitted, that count hides why the sleep ended. With all of
-     * it submitted and nothing completed it was the clock or a signal; the caller asks
-     * the clock again, so EINTR is right or harmless. */
-    if (count && (uint32_t)rc == count)
-        return -EINTR;
-    return 0;
+     * it submitted and nothing completed it was the clock, which the caller asks first,
+     * or a signal. With less, another thread had submitted it: no sleep. */
+    return count && (uint32_t)rc == count ? WAKE_SIGNAL : WAKE_LOOK;
 }
 
 /* ---- completion --------------------------------------------------------- */
@@ -195,8 +200,10 @@ static uint32_t read_ring(struct uring *uring, struct mmc_done *done, uint32_t m
         const struct io_uring_cqe *cqe = &cq->cqes[head & cq->ring_mask];
         struct mmc_request *request = io_uring_cqe_get_data(cqe);
 
-        /* A worker has settled an msync already. */
-        if (request->code != MMC_MSYNC && !mmc_request_settle(request, cqe->res)) {
+        if (!request->is_blocking && !mmc_request_settle(request, cqe->res)) {
+            /* O_NONBLOCK on a file whose file system knows no NOWAIT: EAGAIN for ever
+             * (REQ_F_NOWAIT in io_uring/rw.c). A blocking call does not care. */
+            request->is_blocking = cqe->res == -EAGAIN;
             mmc_requests_push(again, request);
             continue;
         }
@@ -220,12 +227,19 @@ static uint32_t reap(struct uring *uring, struct mmc_done *done, uint32_t max)
     n = read_ring(uring, done, max, &finished, &again);
     pthread_mutex_lock(&uring->queue->lock);
     while ((request = mmc_requests_pop(&again)))
-        publish(uring, request);
+        start(uring, request);
     uring->in_flight -= n;
     mmc_queue_retire(uring->queue, &finished);
     start_waiting(uring);
     pthread_mutex_unlock(&uring->queue->lock);
     return n;
+}
+
+static bool is_over(const struct mmc_deadline *deadline)
+{
+    struct timespec left;
+
+    return mmc_deadline_left(deadline, &left) && left.tv_sec == 0 && left.tv_nsec == 0;
 }
 
 /* Waits for a completion worth reporting. The caller holds `collect`. */
@@ -234,19 +248,18 @@ static int wait_and_reap(struct uring *uring, struct mmc_done *done, uint32_t ma
     const struct mmc_deadline deadline = mmc_deadline_in(timeout_ms);
 
     for (;;) {
-        struct timespec left;
-        int rc = submit_and_wait(uring, &deadline);
+        const enum wake wake = submit_and_wait(uring, &deadline);
         const bool is_idle = !has_completions(uring);
         uint32_t n = reap(uring, done, max);
 
         if (n)
             return (int)n;
-        if (mmc_deadline_left(&deadline, &left) && left.tv_sec == 0 && left.tv_nsec == 0)
+        if (is_over(&deadline))
             return 0;
-        if (is_pressure(rc))
+        if (wake == WAKE_SIGNAL && is_idle)
+            return -EINTR;
+        if (wake == WAKE_TROUBLE)
             pause_briefly();
-        else if (rc < 0 && rc != -ETIME && is_idle)
-            return rc;
     }
 }
 
@@ -256,8 +269,10 @@ static int wait_beside(struct uring *uring, struct mmc_done *done, uint32_t max,
     const struct mmc_deadline deadline = mmc_deadline_in(timeout_ms);
     int rc = mmc_wait_readable(uring->ring.ring_fd, &deadline);
 
-    if (rc <= 0 || pthread_mutex_trylock(&uring->collect) != 0)
-        return rc < 0 ? rc : 0;
+    if (rc <= 0)
+        return rc;
+    if (pthread_mutex_trylock(&uring->collect) != 0)
+        return 0;
     rc = (int)reap(uring, done, max);
     pthread_mutex_unlock(&uring->collect);
     submit(uring);
@@ -269,11 +284,10 @@ static int collect(struct uring *uring, struct mmc_done *done, uint32_t max, int
     int rc;
 
     if (pthread_mutex_trylock(&uring->collect) != 0) {
-        rc = submit(uring);
-        if (rc < 0 || timeout_ms == 0)
-            return rc;
-        return wait_beside(uring, done, max, timeout_ms);
+        submit(uring);
+        return timeout_ms ? wait_beside(uring, done, max, timeout_ms) : 0;
     }
+    /* Before the look, not after it: what the page cache answers completes at once. */
     if (timeout_ms == 0 || has_completions(uring))
         submit(uring);
     rc = (int)reap(uring, done, max);
@@ -365,8 +379,10 @@ static int uring_turn(struct mmc_queue *queue, struct mmc_requests *fresh, struc
         start_waiting(uring);
         pthread_mutex_unlock(&queue->lock);
     }
-    if (max == 0)
-        return submit(uring);
+    if (max == 0) {
+        submit(uring);
+        return 0;
+    }
     return collect(uring, done, max, timeout_ms);
 }
 
