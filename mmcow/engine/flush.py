@@ -50,10 +50,12 @@ class Flusher:
         A run that has begun took its copy already, so callers join the one after it.
         """
         self.check()
-        if self._next is None:
-            self._next = Completion()
-            self._reactor.spawn(self._run(self._running, self._next))
-        await self._next
+        mine = self._next
+        if mine is None:
+            mine = self._next = Completion()
+            # Runs at once up to its first wait, and is no longer the next one then.
+            self._reactor.spawn(self._run(self._running, mine))
+        await mine
 
     async def _run(self, previous: Completion[None] | None, mine: Completion[None]) -> None:
         if previous is not None:
