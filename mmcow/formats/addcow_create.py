@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""Making an add-cow image: the data file first, then the add-cow file over it.
+
+Owns: the ``-o`` options, the order in which two files come into being, the adoption of a
+data file that exists already.
+
+Never: changes a data file that it did not make; replaces an add-cow file that somebody has
+open; leaves an add-cow file that names a data file which is not durable.
+
+::
+
+    1 lock what exists     the old add-cow file and an adopted data file, as a writer would
+    2 data file            temporary name, sparse, synced, linked, directory synced
+    3 add-cow file         temporary name, header and bitmap, synced, renamed, directory synced
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import ExitStack, suppress
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from mmcow.errors import StorageError, UnsupportedError, UsageError
+from mmcow.formats import addcow_meta as meta
+from mmcow.formats import registry
+from mmcow.formats.opening import Access, CreateRequest, Opener, Option, resolve
+from mmcow.ranges import SECTOR, align_up
+from mmcow.storage import names
+from mmcow.storage.file import Cache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mmcow.storage.host import Handle
+
+# To be chosen by measurement: small clusters spare copy-up, large ones spare bitmap traffic.
+DEFAULT_CLUSTER_SIZE = 64 << 10
+
+OPTIONS = (
+    Option("compat", "layout of the add-cow file: v20 (default), v10 or v7"),
+    Option("cluster_size", "bytes per bit: 4k to 2M, a power of two (v20 only; default 64k)"),
+    Option(
+        "image_file", "data file, relative to the image's directory (default: image name + .raw)"
+    ),
+    Option("image_format", "format of the data file: raw"),
+)
+
+_WRITER = Access(write=True, top=True, share=False, cache=Cache.WRITEBACK)
+_SIZE = re.compile(r"([0-9]{1,12})([kKmM]?)")
+_PIECE = 1 << 20
+
+
+def create(opener: Opener, path: str, request: CreateRequest) -> int:
+    """Make an image; see ``Format.create``. Returns the disk's size."""
+    name = request.options.get("image_file") or _default_name(path)
+    raw = _header(path, request, name)
+    data_path = resolve(path, "data file", name)
+    _refuse_same_files(opener, path, data_path, request.backing)
+    with ExitStack() as held:
+        _hold_image(opener, path, held)
+        made = not names.exists(opener.host, data_path)
+        if made:
+            size = _make_data(opener, path, data_path, request)
+        else:
+            size = _adopt_data(opener, path, data_path, request, held)
+        try:
+            _make_image(opener, path, raw, size, ones=request.backing is None)
+        except BaseException:
+            if made:
+                _remove(opener, data_path)
+            raise
+    return size
+
+
+def _default_name(path: str) -> str:
+    name = os.path.basename(path) + ".raw"
+    # "a:b" would read as a protocol prefix.
+    return f"./{name}" if ":" in name else name
+
+
+def _header(path: str, request: CreateRequest, name: str) -> bytes:
+    options = request.options
+    compat = options.get("compat", "v20")
+    if compat not in ("v20", "v10", "v7"):
+        raise UsageError(f"{path}: compat={compat}: must be v20, v10 or v7")
+    image_format = options.get("image_format", "raw")
+    if image_format != "raw":
+        raise UnsupportedError(
+            path, "image_format", image_format, "only raw data files are supported"
+        )
+    if "cluster_size" in options and compat != "v20":
+        raise UsageError(f"{path}: cluster_size: {compat} has a fixed cluster size")
+    image = os.fsencode(name)
+    backing = os.fsencode(request.backing) if request.backing else b""
+    if compat == "v7":
+        return meta.build_v7(path, backing, image)
+    if compat == "v10":
+        return meta.build_v10(path, backing, request.backing_is_raw, image)
+    return meta.build_v20(
+        path,
+        _cluster_size(path, options.get("cluster_size")),
+        backing,
+        request.backing_format,
+        image,
+        compat_features=0 if backing else meta.COMPAT_ALL_ALLOCATED,
+    )
+
+
+def _cluster_size(path: str, text: str | None) -> int:
+    if text is None:
+        return DEFAULT_CLUSTER_SIZE
+    match = _SIZE.fullmatch(text)
+    size = 0
+    if match is not None:
+        size = int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()]
+    if size & (size - 1) or size.bit_length() - 1 not in meta.CLUSTER_BITS_MADE:
+        raise UsageError(f"{path}: cluster_size={text}: must be a power of two from 4k to 2M")
+    return size
+
+
+def _refuse_same_files(opener: Opener, path: str, data_path: str, backing: str | None) -> None:
+    """Image, data file and base must be three files, by name and, where they exist, by identity."""
+    roles = [("the image", path), ("the data file", data_path)]
+    if backing:
+        roles.append(("the backing file", resolve(path, "backing file", backing)))
+    for (role, one), (other_role, other) in combinations(roles, 2):
+        if set(_marks(opener, one)) & set(_marks(opener, other)):
+            raise UsageError(f"{path}: {role} and {other_role} are the same file: {other}")
+
+
+def _marks(opener: Opener, path: str) -> Iterator[object]:
+    yield os.path.abspath(path)
+    with suppress(StorageError):  # not there, or not ours to see: its name must do
+        yield opener.host.stat(path).identity
+
+
+def _hold_image(opener: Opener, path: str, held: ExitStack) -> None:
+    """An existing add-cow file is replaced only while nobody has it open."""
+    if not names.exists(opener.host, path):
+        return
+    handle = opener.metadata(path, _WRITER)
+    held.callback(handle.close)
+    if handle.kind != "file":
+        raise UsageError(f"{path}: the image must be a regular file; -o image_file takes a device")
+
+
+def _make_data(opener: Opener, path: str, data_path: str, request: CreateRequest) -> int:
+    wanted = request.backing_size if request.size is None else request.size
+    if wanted is None:
+        raise UsageError(f"{path}: a size must be given: there is no data file {data_path} yet")
+    size = align_up(wanted, SECTOR)
+    names.make_file(opener.host, data_path, lambda handle: handle.truncate(size), replace=False)
+    return size
+
+
+def _adopt_data(
+    opener: Opener, path: str, data_path: str, request: CreateRequest, held: ExitStack
+) -> int:
+    """Take an existing file or device as it is: its length is the disk's size."""
+    handle = opener.metadata(data_path, _WRITER)
+    held.callback(handle.close)
+    size = align_up(handle.size(), SECTOR)
+    if request.size is not None and request.size != size:
+        raise UsageError(
+            f"{path}: the data file {data_path} exists and has {handle.size()} bytes, so the disk "
+            f"has {size} and not {request.size}; leave the size out, or remove the file"
+        )
+    found = registry.probe(handle.read_at(0, registry.HEAD))
+    if found != "raw" and "image_format" not in request.options:
+        raise UsageError(
+            f"{path}: the data file {data_path} looks like {found}; -o image_format=raw takes "
+            "its bytes as they are"
+        )
+    handle.datasync()  # its content is the disk's, where there is no base
+    return size
+
+
+def _make_image(opener: Opener, path: str, raw: bytes, size: int, *, ones: bool) -> None:
+    header = meta.parse(path, raw, len(raw))
+
+    def fill(handle: Handle) -> None:
+        handle.write_at(0, raw)
+        if ones:
+            _write_ones(handle, header.header_size, header.clusters(size))
+        handle.truncate(header.file_length(size))
+
+    names.make_file(opener.host, path, fill, replace=True)
+
+
+def _write_ones(handle: Handle, base: int, bits: int) -> None:
+    whole, rest = divmod(bits, 8)
+    ones = memoryview(b"\xff" * min(whole, _PIECE))
+    for offset in range(0, whole, _PIECE):
+        handle.write_at(base + offset, ones[: min(_PIECE, whole - offset)])
+    if rest:
+        handle.write_at(base + whole, bytes([(1 << rest) - 1]))
+
+
+def _remove(opener: Opener, path: str) -> None:
+    with suppress(StorageError):  # the first error is the one to report
+        names.remove(opener.host, path)
