@@ -262,10 +262,15 @@ class Image:
             if self.reactor.interrupted is None:
                 self.reactor.run(self.engine.close())
         finally:
-            try:
-                self._opener.queue.close()
-            finally:
-                close_layers(self.layers)
+            self._release()
+
+    def _release(self) -> None:
+        """Give everything back; no request may be wanted any more."""
+        self._closed = True
+        try:
+            self._opener.queue.close()  # waits for what the kernel still holds
+        finally:
+            close_layers(self.layers)
 
     def __enter__(self) -> Image:
         return self

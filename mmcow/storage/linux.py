@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mmcow import native
-from mmcow.errors import StorageError, SyncFailed
+from mmcow.errors import StorageError, SyncFailed, UsageError
 from mmcow.native import ffi, lib
 from mmcow.storage import locks
 from mmcow.storage.host import Alignment, Buffer, Handle, Identity, Stat, View
@@ -439,10 +439,15 @@ def _error_of(request: Any, number: int) -> StorageError:
 
 
 class LinuxHost:
-    """This machine. ``backend``: "auto", "io_uring" or "threads"."""
+    """This machine. ``backend``: "auto", "io_uring" or "threads"; by default what the environment
+    variable MMCOW_QUEUE says, else auto."""
 
-    def __init__(self, backend: str = "auto") -> None:
-        self.backend = backend
+    def __init__(self, backend: str | None = None) -> None:
+        self.backend = backend or os.environ.get("MMCOW_QUEUE", "auto")
+        if self.backend not in BACKENDS:
+            raise UsageError(
+                f"I/O queue {self.backend!r}: must be one of {', '.join(BACKENDS)}"
+            )
 
     def open(self, path: str, *, write: bool, direct: bool) -> LinuxHandle:
         self._refuse_kind(path, self.stat(path).kind)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: MIT
+"""Fixtures for every tier: seeds that are printed, drivers behind the contract guard, both queues.
+
+Unit tests start no programs. ``MMCOW_TEST_SEED`` repeats a run; ``MMCOW_QUEUE`` picks the queue.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+
+import pytest
+
+import mmcow.image
+
+mmcow.image.CHECK_DRIVERS = True
+
+SEED = int(os.environ.get("MMCOW_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+
+
+def pytest_report_header() -> str:
+    return f"mmcow: seed {SEED} (MMCOW_TEST_SEED), queue {os.environ.get('MMCOW_QUEUE', 'auto')}"
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers that depend on the run's seed and the test's name only."""
+    return random.Random(SEED ^ zlib.crc32(request.node.nodeid.encode()))
