@@ -86,6 +86,9 @@ class CowDriver(Driver):
         self._length_at_open = 0
         # That length again, if set bits had their data past it; see ``_extend``.
         self._cut_at: int | None = None
+        # What ``base_changed`` answered to the opener of the chain, who has the base open.
+        self._base_text: str | None = None
+        self._base_asked = False
         self.data = opener.data(path, access)
         try:
             self._header = self._read_header()
@@ -155,10 +158,10 @@ class CowDriver(Driver):
         self._length_at_open = length
         if length < wanted:
             self.data.truncate(wanted)
-        if handle.direct:
-            # Whatever wrote the file before left no dirty page behind that could come back later.
-            handle.datasync()
-            handle.drop_cache()
+        # A sync that failed before left pages that look written and are not: what is read from here
+        # on comes from the disk. Under O_DIRECT, no dirty page may come back later either.
+        handle.datasync()
+        handle.drop_cache()
 
     def _open_window(self) -> Window:
         handle = self.data.handle
@@ -275,37 +278,40 @@ class CowDriver(Driver):
 
     # ---- the base ----
 
-    def base_changed(self, stat_mtime: int, stat_size: int) -> str | None:
-        """Compare the base's time and length with what was recorded; a sentence if they differ.
+    def base_changed(self, mtime: int, size: int) -> str | None:
+        """See ``Driver.base_changed``.
 
-        The opener of the chain asks and warns. UML would refuse to open; an archive is
-        opened all the same, because the time changes when a base is merely copied.
+        UML would refuse to open; an archive is opened all the same, with a warning and a
+        finding of ``check``, because the time changes when a base is merely copied.
         """
+        self._base_asked = True
+        self._base_text = self._compare_base(mtime, size)
+        return self._base_text
+
+    def _compare_base(self, mtime: int, size: int) -> str | None:
         header = self._header
-        if header.mtime and stat_mtime & 0xFFFFFFFF != header.mtime:
-            return (
-                f"{self.path}: backing file {header.name!r} has changed since this image was made: "
-                f"its time is {stat_mtime}, recorded is {header.mtime}"
-            )
+        found = f"{self.path}: backing file {header.name!r} has changed since this image was made: "
+        if header.mtime and mtime & 0xFFFFFFFF != header.mtime:
+            return f"{found}its time is {mtime}, recorded is {header.mtime}"
         # QEMU never compared sizes, and allows a base of another size.
-        if header.layout.uml and align_up(stat_size, SECTOR) != align_up(header.size, SECTOR):
-            return (
-                f"{self.path}: backing file {header.name!r} has changed since this image was made: "
-                f"its length is {stat_size}, recorded is {header.size}"
-            )
+        if header.layout.uml and align_up(size, SECTOR) != align_up(header.size, SECTOR):
+            return f"{found}its length is {size}, recorded is {header.size}"
         return None
 
     def _base_problem(self) -> str | None:
-        """``base_changed`` of the base as it is now; None where it may not or cannot be asked."""
+        """``base_changed`` as answered, or, where nobody asked, of the base as it is now.
+
+        None where it may not or cannot be looked at. It is not opened.
+        """
         name = self._header.name
-        if name is None:
-            return None
+        if self._base_asked or name is None:
+            return self._base_text
         try:
             path = self._opener.permitted(self.path, "backing file", name)
             facts = self._opener.host.stat(path)
         except (ChainError, StorageError):
             return None
-        return self.base_changed(facts.mtime, facts.size) if facts.kind == "file" else None
+        return self._compare_base(facts.mtime, facts.size) if facts.kind == "file" else None
 
     async def drop_backing(self) -> None:
         """See ``Driver.drop_backing``. Only when every bit is set, durably."""
@@ -320,6 +326,7 @@ class CowDriver(Driver):
         for change in cow_meta.rename_changes(header.layout, header.backing_file, b"", 0):
             await self.window.write_through(change.offset, change.data)
         self._header = header._replace(backing_file=b"", mtime=0)
+        self._base_text = None
         self.info = self._make_info()
 
     # ---- check ----
