@@ -39,7 +39,7 @@ class Shape:
     cluster: int
     base: int | None  # length of the base file
     allocated: frozenset[int] = frozenset()  # clusters that the top layer has from the start
-    chain: bool = False  # a middle layer of the same variant between top and base
+    chain: bool = False  # a middle layer (v20) between top and base
     device: bool = False  # data on a block device
 
     @property
@@ -75,8 +75,9 @@ def put(host: SimHost, shape: Shape) -> bytes:
         content = pattern("base", shape.base)
         host.put(BASE, content, mtime=MTIME)
     if shape.chain:
-        every_third = range(0, shape.clusters, 3)
-        content = _put_layer(host, shape, MIDDLE, MIDDLE_DATA, content, every_third, BASE)
+        middle = Shape("v20", shape.size, 4096, shape.base)
+        every_second = range(0, middle.clusters, 2)
+        content = _put_layer(host, middle, MIDDLE, MIDDLE_DATA, content, every_second, BASE)
         return _put_layer(host, shape, TOP, DATA, content, shape.allocated, MIDDLE)
     return _put_layer(host, shape, TOP, DATA, content, shape.allocated, BASE)
 
@@ -107,8 +108,8 @@ def _put_layer(
         host.put(path, bytes(data), kind=kind)
     elif shape.variant in ADD_COW:
         is_raw = backing == BASE
-        host.put(path, add_cow(shape, name, is_raw, image_name, bytes(bits)))
-        host.put(data_path, bytes(data), kind=kind)
+        host.put(path, add_cow(shape, name, is_raw, image_name, bytes(bits)), mtime=MTIME)
+        host.put(data_path, bytes(data), kind=kind, mtime=MTIME)
     else:
         head, data_start = cow(shape, name, bytes(bits))
         host.put(path, head.ljust(data_start, b"\0") + bytes(data), mtime=MTIME)
@@ -191,7 +192,7 @@ def shapes(variant: str, rng: Random) -> Shape:
         base = rng.choice((size, longer, shorter, size - rng.randint(1, 511)))
         if variant == "v20" and rng.random() < 0.1:
             base = None
-    chain = base is not None and variant in ADD_COW and rng.random() < 0.2
+    chain = base is not None and variant != "uml3" and rng.random() < 0.2
     count = -(-size // cluster)
     allocated = frozenset(c for c in range(count) if rng.random() < rng.choice((0, 0, 0.3)))
     if base is None and variant == "v20":

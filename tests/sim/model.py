@@ -147,7 +147,7 @@ class Model:
         self.check_read(0, data, self.now)
         self.now += 1
         for index, versions in enumerate(self.cells):
-            if len(versions) > 1 or len(versions[0].values) > 1:
+            if len(_values(versions)) > 1:
                 found = data[index * self.cell : (index + 1) * self.cell]
                 versions.append(Version((found,), self.now, self.now, True))
 
@@ -172,6 +172,25 @@ class Model:
     def survivor(self, data: bytes) -> Model:
         """The model of a disk found after a power cut."""
         return Model.of(data, self.cell)
+
+    def killed(self, data: bytes) -> None:
+        """The whole disk as read after the process was killed.
+
+        Un-flushed metadata died with it, so the same is allowed as after a power cut; but what
+        was found need not be durable before the next flush.
+        """
+        self.check_survivor(data)
+        self.now += 1
+        for versions in self.cells:
+            for version in versions:
+                version.end = min(version.end, self.now)
+        if len(data) != self.size:
+            self.resized(len(data))
+        self.now += 1
+        cell = self.cell
+        for index, versions in enumerate(self.cells):
+            found = data[index * cell : (index + 1) * cell]
+            versions.append(Version((found,), self.now, self.now, True))
 
     def _visible(self, index: int, began: int) -> set[bytes]:
         return _values(_standing(self.cells[index], began))

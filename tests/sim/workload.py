@@ -1,0 +1,454 @@
+# SPDX-License-Identifier: MIT
+"""Operations on a small disk, and what must hold at every moment of them.
+
+A ``Case`` is one simulated machine with one disk on it (``images.Shape``), the oracle (``Model``) that
+follows what was done, and a sequence of operations: all short ones over a small alphabet
+(``short_sequences``), or a long random one (``random_sequence``). At points that the seed chooses
+the power is cut: a surviving copy of the machine is opened and compared with the oracle, and the
+run goes on as if nothing had happened. Some runs move over to a survivor and go on there, so
+that what one crash leaves behind meets the next.
+
+After every cut: the disk opens; every sector is its last flushed value or a later written one; the
+base is what it was, byte for byte; ``check`` finds no corruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from random import Random
+from typing import Any
+
+from mmcow.errors import MmcowError
+from mmcow.image import Image, open_image
+from mmcow.tasks import Completion
+from tests.sim import images
+from tests.sim.host import Machine, SimHost
+from tests.sim.images import Shape, pattern
+from tests.sim.model import Model, Violation
+
+Op = tuple[Any, ...]
+SECTOR = 512
+STORY = 60  # storage calls shown with a violation
+
+
+class Case:
+    """One run. ``density`` is how likely the power is cut at each point; ``cell`` the oracle's grain."""
+
+    def __init__(
+        self,
+        seed: int,
+        shape: Shape,
+        *,
+        density: float = 1.0,
+        cell: int = SECTOR,
+        machine: Machine | None = None,
+        cache: str | None = None,
+    ) -> None:
+        self.seed = seed
+        self.shape = shape
+        self.rng = Random(seed)
+        self.cut_rng = Random(seed + 1)
+        self.density = density
+        self.cache = cache or self.rng.choice(("none", "none", "none", "writeback"))
+        self.machine = machine or random_machine(self.rng)
+        self.cuts = 0
+        self.done: list[str] = []
+        self.host = SimHost(seed, self.machine)
+        content = images.put(self.host, shape)
+        self.model = Model.of(content, cell)
+        self.base = self._base()
+        self.image: Image | None = None
+        self.tolerant = False  # whether operations may fail: for faults
+        self.errors: list[MmcowError] = []
+        self._writes = 0
+        self._watch()
+
+    # ---- running ----
+
+    def run(self, ops: list[Op]) -> None:
+        """Do the operations one after another, then look once more."""
+        try:
+            self.open()
+            for op in ops:
+                self.done.append(show(op))
+                self.do(op)
+                self.point("between")
+            self.close()
+            self.point("closed")
+        except Exception as error:
+            raise Violation(self.tell(error)) from error
+
+    def do(self, op: Op) -> None:
+        """Do one operation."""
+        name, *arguments = op
+        getattr(self, f"do_{name}")(*arguments)
+
+    def open(self) -> None:
+        """Open the disk for writing and read it all."""
+        self.image = self.open_on(self.host, write=True)
+        self.size_known(self.image.size)
+        self.observe()
+
+    def open_on(self, host: SimHost, *, write: bool) -> Image:
+        """Open the disk on some machine."""
+        return open_image(
+            images.TOP,
+            format=self.shape.format,
+            write=write,
+            cache=self.cache,
+            backing_format="add-cow" if self.shape.chain else None,  # where it cannot be recorded
+            host=host,
+        )
+
+    def close(self) -> None:
+        """Close the image if it is open: that flushes."""
+        image, self.image = self.image, None
+        if image is not None:
+            began = self.model.begin_flush()
+            image.close()
+            self.model.flushed(began)
+
+    def size_known(self, size: int) -> None:
+        """After an opening: which of the possible sizes it is."""
+        if size not in self.model.sizes:
+            raise Violation(f"size is {size}, allowed: {self.model.sizes}")
+        if size != self.model.size:
+            self.model.resized(size)
+
+    def observe(self) -> None:
+        """Read the whole disk while nothing is under way."""
+        assert self.image is not None
+        self.model.observe(read_all(self.image))
+
+    # ---- operations ----
+
+    def do_write(self, offset: int, length: int) -> None:
+        self._alone("write", offset, length)
+
+    def do_zero(self, offset: int, length: int) -> None:
+        self._alone("zero", offset, length)
+
+    def do_discard(self, offset: int, length: int) -> None:
+        self._alone("discard", offset, length)
+
+    def do_flush(self) -> None:
+        self._alone("flush")
+
+    def do_read(self, offset: int, length: int) -> None:
+        self._alone("read", offset, length)
+
+    def do_together(self, *ops: Op) -> None:
+        """Start several at once, then wait for all."""
+        started = [self._start(*op) for op in ops]
+        for wait in started:
+            self._finish(wait)
+
+    def do_look(self) -> None:
+        self.observe()
+
+    def do_resize(self, size: int) -> None:
+        assert self.image is not None
+        if not self.image.engine.top.info.can_resize:
+            return
+        self.model.begin_resize(size)
+        try:
+            self.image.resize(size, shrink=True)
+        except MmcowError as error:
+            self._failed(error)
+            return
+        self.model.resized(size)
+
+    def do_reopen(self) -> None:
+        self.close()
+        self.open()
+
+    def do_crash(self) -> None:
+        """Cut the power here and go on with what survived."""
+        host = self.host.power_cut(self.cut_rng)
+        self._move_to(host)
+        image = self.open_on(host, write=True)
+        content = read_all(image)
+        self.model.check_survivor(content)
+        self.model = self.model.survivor(content)
+        self.image = image
+
+    def do_kill(self) -> None:
+        """Kill the process here and go on with what the page cache holds."""
+        host = self.host.kill(self.cut_rng)
+        self._move_to(host)
+        self.image = self.open_on(host, write=True)
+        self.model.killed(read_all(self.image))
+
+    def _move_to(self, host: SimHost) -> None:
+        self.host.watch = None
+        host.log.extend(self.host.log)
+        self.host = host
+        self._watch()
+
+    def _alone(self, *op: Any) -> None:
+        self._finish(self._start(*op))
+
+    def _start(self, name: str, *arguments: Any) -> Callable[[], None]:
+        """Start one request; returns what waits for it."""
+        assert self.image is not None
+        if arguments:  # a crash or a resize may have left a smaller disk than was planned for
+            offset, length = arguments
+            length = min(length, self.model.size - offset)
+            if length <= 0:
+                return lambda: None
+            arguments = offset, length
+        try:
+            request = getattr(self, f"_start_{name}")(*arguments)
+        except MmcowError as error:
+            failed = error
+            return lambda: self._failed(failed)
+        image = self.image
+        return lambda: image.reactor.wait(request)
+
+    def _finish(self, wait: Callable[[], None]) -> None:
+        try:
+            wait()
+        except MmcowError as error:
+            self._failed(error)
+
+    def _failed(self, error: MmcowError) -> None:
+        if not self.tolerant:
+            raise error
+        self.errors.append(error)
+
+    def _start_write(self, offset: int, length: int) -> Completion[Any]:
+        self._writes += 1
+        skip = offset % SECTOR
+        data = pattern(f"w{self._writes}", skip + length, offset // SECTOR)[skip:]
+        operation = self.model.begin_write(offset, data)
+        return self._follow(operation, lambda e: e.write(offset, memoryview(data)))
+
+    def _start_zero(self, offset: int, length: int) -> Completion[Any]:
+        operation = self.model.begin_zero(offset, length)
+        may_unmap = self.rng.random() < 0.8
+        return self._follow(operation, lambda e: e.write_zeroes(offset, length, may_unmap))
+
+    def _start_discard(self, offset: int, length: int) -> Completion[Any]:
+        operation = self.model.begin_zero(offset, length)
+        return self._follow(operation, lambda e: e.discard(offset, length), sure=False)
+
+    def _start_flush(self) -> Completion[Any]:
+        assert self.image is not None
+        model = self.model
+        began = model.begin_flush()
+        request = _completion(self.image, self.image.engine.flush())
+        request.on_done(lambda done: model.flushed(began) if done.error is None else None)
+        return request
+
+    def _start_read(self, offset: int, length: int) -> Completion[Any]:
+        assert self.image is not None
+        first = offset // self.model.cell * self.model.cell
+        end = -(-(offset + length) // self.model.cell) * self.model.cell
+        into = bytearray(end - first)
+        model = self.model
+        model.now += 1
+        began = model.now
+        request = _completion(self.image, self.image.engine.read(first, memoryview(into)))
+
+        def compare(done: Completion[Any]) -> None:
+            if done.error is None:
+                model.check_read(first, bytes(into), began)
+
+        request.on_done(compare)
+        return request
+
+    def _follow(
+        self, operation: Any, start: Callable[[Any], Any], *, sure: bool = True
+    ) -> Completion[Any]:
+        """Start a change, and tell the oracle how it ends when it ends."""
+        assert self.image is not None
+        model = self.model
+        try:
+            request = _completion(self.image, start(self.image.engine))
+        except MmcowError:
+            model.failed(operation)
+            raise
+
+        def end(done: Completion[Any]) -> None:
+            if done.error is None:
+                model.done(operation, sure=sure)
+            else:
+                model.failed(operation)
+
+        request.on_done(end)
+        return request
+
+    # ---- cutting the power ----
+
+    def _watch(self) -> None:
+        self.host.watch = self.point if self.density else None
+
+    def point(self, kind: str) -> None:
+        """A moment at which the power may fail."""
+        if self.cut_rng.random() < self.density:
+            self.cut()
+
+    def cut(self) -> None:
+        """Cut the power, examine what survives, and go back."""
+        self.cuts += 1
+        survivor = self.host.power_cut(self.cut_rng)
+        try:
+            content = self.examine(survivor, write=self.cut_rng.random() < 0.3)
+            if self.cut_rng.random() < 0.05:
+                # Nothing was changed since: a second cut must find the same.
+                again = self.examine(survivor.power_cut(self.cut_rng), write=False)
+                if again != content:
+                    raise Violation("a second power cut, with nothing written, found other bytes")
+        except Exception as error:
+            raise CutFailed(f"power cut {self.cuts}: {type(error).__name__}: {error}") from error
+
+    def examine(self, host: SimHost, *, write: bool) -> bytes:
+        """Open what survived and compare it with the oracle; returns the disk's content."""
+        image = self.open_on(host, write=write)
+        try:
+            content = read_all(image)
+            self.model.check_survivor(content)
+            check_clean(image)
+        finally:
+            image.close()
+        if self.shape.base is not None and host.content(images.BASE) != self.base:
+            raise Violation("the base has changed")
+        return content
+
+    def _base(self) -> bytes:
+        return b"" if self.shape.base is None else self.host.content(images.BASE)
+
+    # ---- telling ----
+
+    def tell(self, error: Exception) -> str:
+        """Everything a reader needs to understand and repeat a violation."""
+        machine = self.machine
+        lines = [
+            f"{type(error).__name__}: {error}",
+            f"disk: {self.shape}",
+            f"machine: direct I/O alignment {machine.direct_align}, punch {machine.can_punch}, "
+            f"zero range {machine.can_zero}, msync {machine.mapped}, cache={self.cache}",
+            f"seed {self.seed}; operations: {'; '.join(self.done)}",
+            *(f"fault: {fault}" for fault in self.host.faults),
+            f"the last {STORY} storage calls, oldest first:",
+            *(f"  {line}" for line in self.host.story()[-STORY:]),
+        ]
+        return "\n".join(lines)
+
+
+class CutFailed(AssertionError):
+    """A disk examined after a power cut broke its promise."""
+
+
+def random_machine(rng: Random) -> Machine:
+    """A machine with one of the characters storage has."""
+    return Machine(
+        direct_align=rng.choice((512, 512, 512, 4096)),
+        can_punch=rng.random() < 0.8,
+        can_zero=rng.random() < 0.6,
+        mapped=rng.random() < 0.5,
+    )
+
+
+def read_all(image: Image) -> bytes:
+    """The whole disk."""
+    content = bytearray(image.size)
+    image.reactor.wait(_completion(image, image.engine.read(0, memoryview(content))))
+    return bytes(content)
+
+
+def check_clean(image: Image) -> None:
+    """``check`` of every layer finds no corruption."""
+    for layer in image.engine.layers:
+        for finding in image.reactor.run(layer.check("")).findings:
+            if finding.kind == "corruption":
+                raise Violation(f"check of {layer.path}: {finding.text}")
+
+
+def _completion(image: Image, request: Any) -> Completion[Any]:
+    """The engine answers with a completion, or with a coroutine that wants to be started."""
+    return request if isinstance(request, Completion) else image.reactor.spawn(request)
+
+
+def show(op: Op) -> str:
+    """An operation in one word or two."""
+    name, *arguments = op
+    if name == "together":
+        return "(" + " with ".join(show(inner) for inner in arguments) + ")"
+    return " ".join([name, *("+".join(str(a) for a in arguments).split())])
+
+
+# ---- sequences ----
+
+
+def alphabet(shape: Shape) -> list[Op]:
+    """A few operations that meet at the borders of two clusters."""
+    cluster, size = shape.cluster, shape.size
+    inside = SECTOR if cluster > SECTOR else 0
+    last = (size - 1) // SECTOR * SECTOR
+    grown = size + cluster + SECTOR if size % cluster else size + cluster
+    return [
+        ("write", cluster, min(cluster, size - cluster)),
+        ("write", inside, SECTOR),
+        ("write", max(cluster - SECTOR, 0), 2 * SECTOR),
+        ("write", last, SECTOR),
+        ("zero", 0, cluster),
+        ("zero", inside, 2 * SECTOR),
+        ("discard", 0, 2 * cluster),
+        ("flush",),
+        ("resize", grown),
+        ("resize", cluster + SECTOR),
+        ("together", ("write", 0, SECTOR), ("write", 0, cluster)),
+        ("together", ("write", inside, SECTOR), ("flush",), ("write", cluster, SECTOR)),
+        ("crash",),
+    ]
+
+
+def short_sequences(shape: Shape, length: int) -> Iterator[list[Op]]:
+    """All sequences of a length over the alphabet."""
+    for ops in product(alphabet(shape), repeat=length):
+        yield list(ops)
+
+
+def random_sequence(rng: Random, shape: Shape, count: int, grain: int = SECTOR) -> list[Op]:
+    """A long story. Requests are multiples of ``grain``; below a sector nothing runs together."""
+    ops: list[Op] = []
+    size = shape.size
+    resizable = shape.format != "cow" and not shape.device
+    for _ in range(count):
+        roll = rng.random()
+        if roll < 0.5:
+            ops.append(_request(rng, shape, size, grain))
+        elif roll < 0.7 and grain == SECTOR:
+            many = [_request(rng, shape, size, grain) for _ in range(rng.randint(2, 5))]
+            many += [("flush",)] * (rng.random() < 0.5)
+            rng.shuffle(many)
+            ops.append(("together", *many))
+        elif roll < 0.84:
+            ops.append(("flush",))
+        elif roll < 0.88 and resizable:
+            change = rng.randint(1, 2 * shape.cluster // SECTOR) * SECTOR
+            size = min(max(size + rng.choice((-change, change)), SECTOR), 2 * shape.size)
+            ops.append(("resize", size))
+        elif roll < 0.92:
+            ops.append(("reopen",))
+        elif roll < 0.95:
+            ops.append(("look",))
+        else:
+            ops.append((rng.choice(("crash", "kill")),))
+    return ops
+
+
+def _request(rng: Random, shape: Shape, size: int, grain: int) -> Op:
+    name = rng.choice(("write", "write", "write", "zero", "discard", "read"))
+    cluster = min(shape.cluster, size)
+    if rng.random() < 0.4:  # whole clusters
+        offset = rng.randrange(-(-size // cluster)) * cluster
+        length = rng.randint(1, 3) * cluster
+    else:
+        offset = rng.randrange(size // grain) * grain
+        length = rng.randint(1, max(cluster // grain, 4)) * grain
+    offset = min(offset, size - grain)
+    return (name, offset, min(length, size - offset))
+
