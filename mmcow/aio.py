@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
 from functools import partial
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from mmcow import image as sync
 from mmcow.errors import ClosedError, ForkedError, UsageError
 from mmcow.native import aligned
-from mmcow.storage.host import Buffer
-from mmcow.tasks import Completion
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from mmcow.storage.host import Buffer
+    from mmcow.tasks import Completion
 
 T = TypeVar("T")
 
@@ -68,7 +71,7 @@ class Image:
         self._check()
         if length < 0:
             raise UsageError(f"{self.path}: length {length} is negative")
-        self._image.engine._check_range(offset, length)
+        self._image.engine.check_range(offset, length)
         buffer = aligned(length)
         await self._start(lambda: self._image.engine.read(offset, buffer))
         return bytes(buffer)
@@ -110,9 +113,7 @@ class Image:
         self._check()
         sync.check_size(self.path, size)
         reactor = self._image.reactor
-        await self._start(
-            lambda: reactor.spawn(self._image.engine.resize(size, shrink=shrink))
-        )
+        await self._start(lambda: reactor.spawn(self._image.engine.resize(size, shrink=shrink)))
 
     def block_status(
         self, offset: int = 0, length: int | None = None, *, layer: int | None = None
@@ -133,7 +134,7 @@ class Image:
             self._loop.remove_reader(self._queue.fileno())
             await asyncio.to_thread(self._image._release)
 
-    async def __aenter__(self) -> Image:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(

@@ -13,14 +13,16 @@ it begins with a known magic: then the open is refused, and the text names both 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmcow.errors import ChainError, LockedError, StorageError, UsageError
 from mmcow.formats import registry
-from mmcow.formats.driver import Driver
 from mmcow.formats.opening import Access, Opener
 from mmcow.storage.file import Cache
-from mmcow.storage.host import Host, Identity
+
+if TYPE_CHECKING:
+    from mmcow.formats.driver import Driver
+    from mmcow.storage.host import Host, Identity
 
 HEAD = 4096
 # Deeper chains are a mistake or an attack; QEMU's users hit trouble long before.
@@ -67,12 +69,7 @@ def open_chain(opener: Opener, path: str, options: ChainOptions) -> list[Layer]:
         layers.append(layer)
         _note_identities(opener, layer, seen)
         while options.backing and layer.driver.info.has_backing:
-            if len(layers) >= DEPTH_MOST:
-                raise ChainError(
-                    layer.driver.path, "backing file", _backing_name(layer),
-                    f"the chain is deeper than {DEPTH_MOST} layers",
-                )  # fmt: skip
-            layer = _open_backing(opener, layer, below, options.backing_format)
+            layer = _open_backing(opener, layer, below, options.backing_format, len(layers))
             layers.append(layer)
             _note_identities(opener, layer, seen)
     except BaseException:
@@ -87,15 +84,10 @@ def close_layers(layers: list[Layer]) -> None:
     for layer in layers:
         try:
             layer.driver.close()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - all are closed, the first is raised
             first = first or error
     if first is not None:
         raise first
-
-
-def _backing_name(layer: Layer) -> str:
-    backing = layer.driver.backing
-    return backing[0] if backing is not None else ""
 
 
 def _open_layer(opener: Opener, path: str, format_: str | None, access: Access) -> Layer:
@@ -105,11 +97,16 @@ def _open_layer(opener: Opener, path: str, format_: str | None, access: Access) 
     return Layer(driver, name, probed)
 
 
-def _open_backing(opener: Opener, above: Layer, access: Access, override: str | None) -> Layer:
-    """Open what ``above`` names as its base. Errors tell who named it."""
+def _open_backing(
+    opener: Opener, above: Layer, access: Access, override: str | None, depth: int
+) -> Layer:
+    """Open what ``above`` names as its base, layer number ``depth``. Errors tell who named it."""
     backing = above.driver.backing
     assert backing is not None
     name, recorded = backing
+    if depth >= DEPTH_MOST:
+        problem = f"the chain is deeper than {DEPTH_MOST} layers"
+        raise ChainError(above.driver.path, "backing file", name, problem)
     resolved = opener.permitted(above.driver.path, "backing file", name)
     try:
         format_ = recorded
@@ -163,4 +160,3 @@ def _note_identities(opener: Opener, layer: Layer, seen: dict[Identity, str]) ->
 def describe_chain(layers: list[Layer]) -> str:
     """One line for logs: "top.acow (add-cow) -> base.raw (raw)"."""
     return " -> ".join(f"{layer.driver.path} ({layer.format})" for layer in layers)
-

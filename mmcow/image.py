@@ -12,9 +12,7 @@ from __future__ import annotations
 import io
 import os
 import warnings as python_warnings
-from collections.abc import Iterator, Mapping
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from mmcow.chain import ChainOptions, Layer, close_layers, open_chain, probe_file
 from mmcow.engine.engine import Engine, Segment
@@ -26,10 +24,15 @@ from mmcow.formats.opening import CreateRequest, Opener, Policy, resolve
 from mmcow.native import aligned
 from mmcow.ranges import SECTOR, align_up
 from mmcow.storage.file import Cache
-from mmcow.storage.host import Buffer, Host, Identity
 from mmcow.storage.linux import LinuxHost
 from mmcow.storage.names import exists
 from mmcow.tasks import Reactor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from types import TracebackType
+
+    from mmcow.storage.host import Buffer, Host, Identity
 
 # Largest disk: offsets are signed 64-bit in every interface below.
 SIZE_MOST = (1 << 63) - SECTOR
@@ -88,9 +91,7 @@ class Image:
         self._opener = opener
         self._pid = os.getpid()
         self._closed = False
-        drivers = [
-            Guard(layer.driver) if CHECK_DRIVERS else layer.driver for layer in layers
-        ]
+        drivers = [Guard(layer.driver) if CHECK_DRIVERS else layer.driver for layer in layers]
         self.engine = Engine(opener.reactor, drivers, writable=write, name=path)
         if write and layers[0].probed and layers[0].format == "raw":
             self.engine.first_sector_guard = _other_format
@@ -138,7 +139,7 @@ class Image:
         self._check()
         if length < 0:
             raise UsageError(f"{self.path}: length {length} is negative")
-        self.engine._check_range(offset, length)  # before a buffer of that size is made
+        self.engine.check_range(offset, length)  # before a buffer of that size is made
         buffer = aligned(length)
         self._read(offset, buffer)
         return bytes(buffer)
@@ -204,7 +205,7 @@ class Image:
         """
         self._check()
         length = self.size - offset if length is None else length
-        self.engine._check_range(offset, length)
+        self.engine.check_range(offset, length)
         if layer is not None and not 0 <= layer < len(self.layers):
             raise UsageError(f"{self.path}: layer {layer} of {len(self.layers)}")
         return self._statuses(offset, offset + length, layer)
@@ -272,7 +273,7 @@ class Image:
         finally:
             close_layers(self.layers)
 
-    def __enter__(self) -> Image:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -286,7 +287,7 @@ class Image:
             return
         try:
             self.close()
-        except Exception as second:  # the first error is the one to see
+        except Exception as second:  # noqa: BLE001 - the first error is the one to see
             error.add_note(f"closing {self.path} failed too: {second}")
 
     def __del__(self) -> None:
@@ -494,9 +495,7 @@ def create_image(
     try:
         base = None
         if backing is not None:
-            base = _examine_base(
-                opener, name, os.fspath(backing), backing_format, check_backing
-            )
+            base = _examine_base(opener, name, os.fspath(backing), backing_format, check_backing)
             _refuse_own_base(opener, name, base)
         if size is None and base is not None and base.size is None:
             raise UsageError(f"{name}: the size must be given where the base is not opened")

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from mmcow.errors import MmcowError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Generator
 
 T = TypeVar("T")
 
@@ -113,7 +115,7 @@ class Task(Completion[T]):
             self.set(stop.value)
         # Whatever ends the coroutine belongs to whoever awaits the task: a
         # KeyboardInterrupt that struck inside it as well as an Exception.
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             if not isinstance(error, Exception):
                 self._reactor.interrupted = error
             self.fail(error)
@@ -233,11 +235,11 @@ class Reactor:
     def _turn(self, wait: bool) -> None:
         if wait:
             # RLock: leave it entirely, whatever the depth, as Condition.wait does.
-            saved = self.lock._release_save()  # type: ignore[attr-defined]
+            saved = self.lock._release_save()  # type: ignore[attr-defined]  # noqa: SLF001
             try:
                 finished = self.queue.turn(True)
             finally:
-                self.lock._acquire_restore(saved)  # type: ignore[attr-defined]
+                self.lock._acquire_restore(saved)  # type: ignore[attr-defined]  # noqa: SLF001
         else:
             finished = self.queue.turn(False)
         if finished:

@@ -19,8 +19,7 @@ Rules of the request paths (docs/ARCHITECTURE.md "Requests"):
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmcow.engine.flush import Flusher
 from mmcow.engine.gate import Claims, Gate
@@ -29,7 +28,11 @@ from mmcow.formats.driver import Driver, Extent, Kind, Reservation
 from mmcow.native import aligned, is_zero
 from mmcow.ranges import align_down, align_up
 from mmcow.storage.window import settle
-from mmcow.tasks import Completion, Reactor
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from mmcow.tasks import Completion, Reactor
 
 # A larger request is done in pieces, so that bounce buffers and claims stay bounded.
 PIECE = 4 << 20
@@ -58,7 +61,9 @@ class Segment(NamedTuple):
 class Engine:
     """Requests on a chain of layers, top first. Methods run under the reactor's lock."""
 
-    def __init__(self, reactor: Reactor, layers: list[Driver], *, writable: bool, name: str):
+    def __init__(
+        self, reactor: Reactor, layers: list[Driver], *, writable: bool, name: str
+    ) -> None:
         self.reactor = reactor
         self.layers = layers
         self.top = layers[0]
@@ -167,7 +172,7 @@ class Engine:
 
     def read(self, offset: int, into: memoryview) -> Completion[int]:
         """Fill ``into`` from the disk. Starts at once; completes with a number to be ignored."""
-        self._check_range(offset, len(into))
+        self.check_range(offset, len(into))
         if not self.gate.closed:
             segments = self.resolve(offset, len(into))
             if len(segments) == 1 and segments[0].kind is Kind.DATA:
@@ -353,8 +358,8 @@ class Engine:
     async def _flush_quietly(self) -> None:
         try:
             await self.flusher.flush()
-        except Exception:
-            pass  # sticky failures are kept by the flusher, others come again at the next flush
+        except Exception:  # noqa: BLE001 - kept by the flusher, or comes again at the next flush
+            pass
 
     # ---- zeroes and discard ----
 
@@ -520,9 +525,7 @@ class Engine:
 
     def _known_segments(self, offset: int, length: int) -> list[Segment]:
         return [
-            part
-            for segment in self.resolve(offset, length)
-            for part in self._split_holes(segment)
+            part for segment in self.resolve(offset, length) for part in self._split_holes(segment)
         ]
 
     async def _copy_segment(self, segment: Segment, host: int) -> int:
@@ -577,8 +580,7 @@ class Engine:
         await self.gate.close()
         try:
             await self.flusher.flush()
-            has_base = self.top.info.has_backing and len(self.layers) > 1
-            below = self.layers[1].info.size if has_base else 0
+            below = self._size_below(size)
             edge = align_down(self.size, self._cluster)
             if size > self.size and edge != self.size and below > self.size:
                 await self._copy_up(edge, self.size)
@@ -591,6 +593,19 @@ class Engine:
         finally:
             self.gate.open()
 
+    def _size_below(self, size: int) -> int:
+        """Length of what lies below the top, 0 without a base. A grow must know it: the base must
+        not show behind the old end."""
+        if not self.top.info.has_backing:
+            return 0
+        if len(self.layers) > 1:
+            return self.layers[1].info.size
+        if size > self.size:
+            raise UsageError(
+                f"{self.name}: growing needs the backing file, which was left out at opening"
+            )
+        return 0
+
     async def close(self) -> None:
         """Wait for requests in flight, then flush. Resources are released by the caller."""
         await self.gate.close()
@@ -602,7 +617,8 @@ class Engine:
 
     # ---- checks ----
 
-    def _check_range(self, offset: int, length: int) -> None:
+    def check_range(self, offset: int, length: int) -> None:
+        """Raise UsageError unless the range lies inside the disk."""
         if offset < 0 or length < 0 or offset + length > self.top.info.size:
             raise UsageError(
                 f"{self.name}: range {offset}+{length} is not inside the disk of "
@@ -617,7 +633,7 @@ class Engine:
         self.flusher.check()
 
     def _check_change(self, what: str, offset: int, length: int) -> None:
-        self._check_range(offset, length)
+        self.check_range(offset, length)
         self._check_writable(what)
 
 
@@ -625,8 +641,10 @@ def _append(segments: list[Segment], segment: Segment) -> None:
     """Add a segment, merged with the last one where they go on from each other."""
     if segments:
         last = segments[-1]
-        if last.kind is segment.kind and last.depth == segment.depth and (
-            last.host < 0 or last.host + last.length == segment.host
+        if (
+            last.kind is segment.kind
+            and last.depth == segment.depth
+            and (last.host < 0 or last.host + last.length == segment.host)
         ):
             segments[-1] = last._replace(length=last.length + segment.length)
             return

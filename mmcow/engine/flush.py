@@ -14,9 +14,13 @@ disk holds the old bytes. So the layer is failed, for good, until it is opened a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mmcow.errors import LayerFailed, StorageError, SyncFailed
-from mmcow.formats.driver import Driver, Staged
 from mmcow.tasks import Completion, Reactor
+
+if TYPE_CHECKING:
+    from mmcow.formats.driver import Driver, Staged
 
 
 class Flusher:
@@ -61,13 +65,13 @@ class Flusher:
         if previous is not None:
             try:
                 await previous
-            except Exception:
-                pass  # its own callers hear of it; a sticky failure stops this run below
+            except Exception:  # noqa: BLE001 - its own callers hear of it; check() is below
+                pass
         self._running, self._next = mine, None
         try:
             self.check()
             await self._flush_once()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - delivered to every caller
             self._running = None
             mine.fail(error)
         else:

@@ -18,11 +18,12 @@ block (metadata is mapped; a page fault is the only wait).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mmcow.storage.file import File
     from mmcow.storage.window import Group, Window
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from mmcow.errors import ChainError, DeniedError, LockedError, StorageError, UsageError
-from mmcow.formats.driver import Driver
 from mmcow.storage.file import Cache, File
-from mmcow.storage.host import Handle, Host, IOQueue
-from mmcow.tasks import Reactor
+
+if TYPE_CHECKING:
+    from mmcow.formats.driver import Driver
+    from mmcow.storage.host import Handle, Host, IOQueue
+    from mmcow.tasks import Reactor
 
 _PROTOCOL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 

@@ -17,9 +17,8 @@ arrival order and one at a time per request, so they cannot deadlock.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmcow import native
 from mmcow.errors import StorageError, SyncFailed, UsageError
@@ -27,6 +26,9 @@ from mmcow.ranges import align_down, align_up, overlaps
 from mmcow.storage.host import FALLOCATE_PUNCH, FALLOCATE_ZERO, Handle, Host, IOQueue
 from mmcow.storage.window import settle
 from mmcow.tasks import Completion, Reactor, completed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Bounce buffers are bounded: a request that needs one is done in pieces of this size.
 BOUNCE = 1 << 20
@@ -85,7 +87,9 @@ class File:
     ``handle`` is the main descriptor; ``cache`` the mode in effect (never AUTO).
     """
 
-    def __init__(self, host: Host, reactor: Reactor, queue: IOQueue, handle: Handle, cache: Cache):
+    def __init__(
+        self, host: Host, reactor: Reactor, queue: IOQueue, handle: Handle, cache: Cache
+    ) -> None:
         self.path = handle.path
         self.handle = handle
         self.cache = cache
@@ -105,7 +109,7 @@ class File:
     def open(
         cls, host: Host, reactor: Reactor, queue: IOQueue, path: str, cache: Cache, *, write: bool
     ) -> File:
-        """Open an existing file or device. AUTO falls back only where O_DIRECT itself is refused."""
+        """Open an existing file or device. AUTO falls back only where O_DIRECT is refused."""
         try:
             handle = host.open(path, write=write, direct=cache.direct)
         except StorageError as error:
@@ -137,9 +141,7 @@ class File:
             return self._queue.read(self.handle, offset, buffers)
         return self._reactor.spawn(self._read_bounced(offset, length, buffers))
 
-    async def _read_bounced(
-        self, offset: int, length: int, buffers: Sequence[memoryview]
-    ) -> int:
+    async def _read_bounced(self, offset: int, length: int, buffers: Sequence[memoryview]) -> int:
         target = _Cursor(buffers)
         end = offset + length
         found = 0
@@ -183,13 +185,10 @@ class File:
         self, offset: int, length: int, buffers: Sequence[memoryview]
     ) -> Completion[int]:
         self.unsynced = True
-        if offset + length > self.size:
-            self.size = offset + length
+        self.size = max(self.size, offset + length)
         return self._queue.write(self.handle, offset, buffers)
 
-    async def _write_slow(
-        self, offset: int, length: int, buffers: Sequence[memoryview]
-    ) -> int:
+    async def _write_slow(self, offset: int, length: int, buffers: Sequence[memoryview]) -> int:
         """A write that is unaligned, touches the odd end, or meets an exclusive range."""
         if not self.handle.direct or (
             self._fits(offset, length, buffers) and offset + length <= self._write_end()
@@ -303,7 +302,7 @@ class File:
         return False
 
     async def _fallocate(self, mode: int, offset: int, length: int) -> bool:
-        """False where this file cannot do it (remembered by the caller); other errors are raised."""
+        """False where this file cannot do it (the caller remembers); other errors are raised."""
         try:
             await self._queue.fallocate(self.handle, mode, offset, length)
         except StorageError as error:

@@ -14,10 +14,12 @@ Errors: every method raises ``StorageError`` (errno kept) when the system refuse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
-from mmcow.tasks import Completion
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmcow.tasks import Completion
 
 # What can be read from, and what can be written into: any contiguous buffer.
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -118,9 +120,7 @@ class View(Protocol):
 
     def load(self, offset: int, length: int) -> bytes: ...
     def store(self, offset: int, data: bytes) -> None: ...
-    def bit_runs(
-        self, base: int, first: int, count: int, most: int
-    ) -> list[tuple[int, int, int]]:
+    def bit_runs(self, base: int, first: int, count: int, most: int) -> list[tuple[int, int, int]]:
         """Runs (first bit, how many, 0 or 1) covering the range; at most ``most``."""
 
     def bits_write(self, base: int, first: int, count: int, value: int) -> None: ...
@@ -191,9 +191,7 @@ class Host(Protocol):
     def sync_directory(self, path: str) -> None:
         """Make the names in directory ``path`` durable."""
 
-    def view(
-        self, handle: Handle, size: int, reserve: int, unit: int, *, mapped: bool
-    ) -> View:
+    def view(self, handle: Handle, size: int, reserve: int, unit: int, *, mapped: bool) -> View:
         """The live state of the first ``size`` bytes; falls back to memory where the file cannot
         be mapped."""
 

@@ -13,8 +13,7 @@ import os
 import stat as stat_bits
 import struct
 import threading
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmcow import native
 from mmcow.errors import StorageError, SyncFailed, UsageError
@@ -22,6 +21,9 @@ from mmcow.native import ffi, lib
 from mmcow.storage import locks
 from mmcow.storage.host import Alignment, Buffer, Handle, Identity, Stat, View
 from mmcow.tasks import Completion
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _KINDS = {stat_bits.S_IFREG: "file", stat_bits.S_IFBLK: "block", stat_bits.S_IFDIR: "directory"}
 _CREATE_MODE = 0o644
@@ -108,14 +110,12 @@ class LinuxHandle:
     def write_at(self, offset: int, data: Buffer) -> None:
         left = memoryview(data)
         try:
-            while len(left):
+            while left:
                 written = os.pwrite(self.descriptor, left, offset)
                 if written == 0:
-                    raise StorageError(errno.EIO, "write", self.path, offset, len(left))
+                    raise OSError(errno.EIO, "a write made no progress")  # noqa: TRY301
                 left = left[written:]
                 offset += written
-        except StorageError:
-            raise
         except OSError as error:
             _raise(error, "write", self.path, offset, len(left))
 
@@ -223,8 +223,8 @@ class NativeView:
         most = min(most, self.MOST_RUNS)
         n = lib.mmc_view_bit_runs(self._view, base, first, count, self._runs, most)
         if n == 1:
-            values = self._run_values
-            return [(values[0], values[1], values[2])]
+            one = self._run_values
+            return [(one[0], one[1], one[2])]
         native.check(n, "scan of mapped metadata", self._path, base + first // 8)
         values = self._run_values[: 3 * n].tolist()
         return list(zip(values[0::3], values[1::3], values[2::3], strict=True))
@@ -381,9 +381,7 @@ class NativeQueue:
         with self._pending_lock:
             self._pending += op
 
-    def changes_in_flight(
-        self, handle: LinuxHandle, start: int, end: int
-    ) -> list[Completion[Any]]:
+    def changes_in_flight(self, handle: LinuxHandle, start: int, end: int) -> list[Completion[Any]]:
         return [
             r
             for r in self._in_flight.values()
@@ -445,9 +443,7 @@ class LinuxHost:
     def __init__(self, backend: str | None = None) -> None:
         self.backend = backend or os.environ.get("MMCOW_QUEUE", "auto")
         if self.backend not in BACKENDS:
-            raise UsageError(
-                f"I/O queue {self.backend!r}: must be one of {', '.join(BACKENDS)}"
-            )
+            raise UsageError(f"I/O queue {self.backend!r}: must be one of {', '.join(BACKENDS)}")
 
     def open(self, path: str, *, write: bool, direct: bool) -> LinuxHandle:
         self._refuse_kind(path, self.stat(path).kind)

@@ -16,10 +16,14 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from mmcow.errors import LockedError, StorageError
-from mmcow.storage.host import Identity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from mmcow.storage.host import Identity
 
 USE = 100
 DENY = 200
@@ -28,7 +32,7 @@ _NAMES = {0: "read", 1: "write", 2: "write unchanged data", 3: "resize"}
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, len, pid
 
 
-def acquire(
+def acquire(  # noqa: PLR0917 - internal, called in one place
     descriptor: int,
     path: str,
     identity: Identity,

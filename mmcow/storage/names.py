@@ -12,10 +12,14 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from mmcow.errors import StorageError
-from mmcow.storage.host import Handle, Host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mmcow.storage.host import Handle, Host
 
 
 def directory_of(path: str) -> str:
@@ -23,9 +27,7 @@ def directory_of(path: str) -> str:
     return os.path.dirname(path) or "."
 
 
-def make_file(
-    host: Host, path: str, fill: Callable[[Handle], None], *, replace: bool
-) -> None:
+def make_file(host: Host, path: str, fill: Callable[[Handle], None], *, replace: bool) -> None:
     """Make ``path`` with the content that ``fill`` writes; durable on return.
 
     A crash leaves the old file (or none) or the complete new one under the name; at worst a

@@ -18,12 +18,14 @@ full disk is then an errno and not a SIGBUS. One barrier per group.
 from __future__ import annotations
 
 import errno
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmcow.errors import CorruptError, StorageError, SyncFailed
 from mmcow.ranges import align_down, align_up
-from mmcow.storage.host import Handle, Host, IOQueue, View
-from mmcow.tasks import Completion
+
+if TYPE_CHECKING:
+    from mmcow.storage.host import Handle, Host, IOQueue, View
+    from mmcow.tasks import Completion
 
 UNIT = 512
 
@@ -82,7 +84,9 @@ class Window:
         except StorageError as error:
             raise self._explain(error, offset) from error
 
-    def bit_runs(self, base: int, first: int, count: int, most: int = 64) -> list[tuple[int, int, int]]:
+    def bit_runs(
+        self, base: int, first: int, count: int, most: int = 64
+    ) -> list[tuple[int, int, int]]:
         """Runs of equal bits (first, how many, 0 or 1) from bit ``first``; at most ``most``, so the
         answer may stop early. Bits count from byte ``base``, least significant first."""
         try:
@@ -135,9 +139,7 @@ class Window:
         again later), SyncFailed where the file's state is no longer known.
         """
         self._check_length()
-        writes = [
-            self._queue.write(self._handle, offset, (data,)) for offset, data in group.runs
-        ]
+        writes = [self._queue.write(self._handle, offset, (data,)) for offset, data in group.runs]
         await settle(writes)
         if self._durable:
             await self._barrier(group)
@@ -235,12 +237,12 @@ class Window:
 
 
 async def settle(completions: list[Completion[int]]) -> None:
-    """Wait for all, then raise the first error: nothing may be in flight when a caller cleans up."""
+    """Wait for all, then raise the first error: nothing is in flight when a caller cleans up."""
     first: BaseException | None = None
     for completion in completions:
         try:
             await completion
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the first is raised below
             first = first or error
     if first is not None:
         raise first
