@@ -47,7 +47,7 @@ file"; then, rounded up, the data: sector s at data_start + s * sectorsize, in a
 Rules of ours, where no specification gives one (docs/formats/cow.md says why):
 
 - What follows the first NUL of a name is ignored; a name without NUL is an error.
-- ``sectorsize`` must be 512 (QEMU) or a multiple of 512 up to 2 MiB (UML).
+- ``sectorsize`` must be 512 (QEMU) or a power of two from 512 to 2 MiB (UML).
 - A bitmap ends below 2 GiB: UML keeps the data's offset in a signed 32-bit integer.
 - A UML v3 header without a name stores it as NUL and three marker bytes: four zero bytes
   there would be the sign of the structure that is not packed.
@@ -410,7 +410,7 @@ def _parse_either_qemu(path: str, head: bytes, length: int) -> Header:
 
 
 def _is_sector_size(value: int) -> bool:
-    return 0 < value <= SECTOR_SIZE_MAX and value % SECTOR == 0
+    return SECTOR <= value <= SECTOR_SIZE_MAX and value & (value - 1) == 0
 
 
 def parse_as(path: str, layout: Layout, head: bytes, length: int) -> Header:
@@ -453,7 +453,7 @@ def _check_sector_size(path: str, layout: Layout, value: int) -> int:
     if not layout.uml and value != SECTOR:
         raise FormatError(path, "sectorsize", value, "must be 512")
     if not _is_sector_size(value):
-        raise FormatError(path, "sectorsize", value, "must be a multiple of 512, at most 2 MiB")
+        raise FormatError(path, "sectorsize", value, "must be a power of two from 512 to 2 MiB")
     return value
 
 

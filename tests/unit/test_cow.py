@@ -13,6 +13,7 @@ from mmcow.errors import CorruptError, LockedError, StorageError, UnsupportedErr
 from mmcow.formats import cow_meta
 from mmcow.formats.cow import CowFormat
 from mmcow.formats.driver import Extent, Kind
+from mmcow.formats.guard import Guard
 from mmcow.formats.opening import Access, CreateRequest, DenyAll, Opener
 from mmcow.storage.file import Cache
 from mmcow.storage.host import Alignment
@@ -73,7 +74,8 @@ class Bench:
         return driver
 
     def engine(self, *drivers, write=True):
-        return Engine(self.reactor, list(drivers), writable=write, name="disk")
+        layers = [Guard(driver) for driver in drivers]
+        return Engine(self.reactor, layers, writable=write, name="disk")
 
     def run(self, coroutine):
         return self.reactor.run(coroutine)
