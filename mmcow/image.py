@@ -12,10 +12,11 @@ from __future__ import annotations
 import io
 import os
 import warnings as python_warnings
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from mmcow.chain import ChainOptions, Layer, close_layers, open_chain, probe_file
-from mmcow.engine.engine import Engine, Segment
+from mmcow.engine.engine import Engine
 from mmcow.errors import ClosedError, ForkedError, UsageError
 from mmcow.formats import registry
 from mmcow.formats.driver import Kind
@@ -32,10 +33,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import TracebackType
 
+    from mmcow.engine.lookup import Segment
     from mmcow.storage.host import Buffer, Host, Identity
 
 # Largest disk: offsets are signed 64-bit in every interface below.
 SIZE_MOST = (1 << 63) - SECTOR
+
+# Segments looked up under one hold of the lock: others get a turn, memory stays bounded.
+STATUS_BATCH = 4096
 
 # The tests set this: every driver then runs behind the wrapper that asserts its contract.
 CHECK_DRIVERS = False
@@ -213,11 +218,13 @@ class Image:
     def _statuses(self, offset: int, end: int, layer: int | None) -> Iterator[BlockStatus]:
         pending: BlockStatus | None = None
         while offset < end:
-            length = min(end - offset, 1 << 30)
             with self.reactor.lock:
                 self._check()
-                depth, layers = (0, None) if layer is None else (layer, 1)
-                segments = list(self.engine.block_status(offset, length, depth, layers))
+                walk = self.engine.lookup.block_status(
+                    offset, end - offset, layer or 0, alone=layer is not None
+                )
+                segments = list(islice(walk, STATUS_BATCH))
+            offset = segments[-1].offset + segments[-1].length
             for segment in segments:
                 status = self._status(segment)
                 if pending is not None and _continues(pending, status):
@@ -226,7 +233,6 @@ class Image:
                 if pending is not None:
                     yield pending
                 pending = status
-            offset += length
         if pending is not None:
             yield pending
 

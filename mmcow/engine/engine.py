@@ -19,10 +19,12 @@ Rules of the request paths (docs/ARCHITECTURE.md "Requests"):
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
 from mmcow.engine.flush import Flusher
 from mmcow.engine.gate import Claims, Gate
+from mmcow.engine.lookup import Lookup, Segment
 from mmcow.errors import LayerFailed, ReadOnlyError, SyncFailed, UsageError
 from mmcow.formats.driver import Driver, Extent, Kind, Reservation
 from mmcow.native import aligned, is_zero
@@ -30,32 +32,19 @@ from mmcow.ranges import align_down, align_up
 from mmcow.storage.window import settle
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
     from mmcow.tasks import Completion, Reactor
 
 # A larger request is done in pieces, so that bounce buffers and claims stay bounded.
 PIECE = 4 << 20
+READ_PIECE = 16 << 20
 # Zeroing moves no data: larger pieces, still bounded so that others get a turn.
 ZERO_PIECE = 1 << 30
 # Metadata changed and not yet written out; a flush starts by itself at this bound.
 STAGED_MOST = 16 << 20
 
 _ZEROS = bytes(1 << 16)
-
-
-class Segment(NamedTuple):
-    """A range of the disk with one answer over the whole chain.
-
-    ``depth`` counts layers from the top (0). BELOW means that no layer has it: zeros.
-    ``host`` is an offset in that layer's data file, -1 unless DATA or SPECIAL.
-    """
-
-    offset: int
-    length: int
-    kind: Kind
-    depth: int
-    host: int
 
 
 class Engine:
@@ -73,6 +62,7 @@ class Engine:
         self.flusher = Flusher(reactor, self.top)
         # Set by the opener where nobody vouched for "raw": see _guard_first_sector.
         self.first_sector_guard: Callable[[bytes], str | None] | None = None
+        self.lookup = Lookup(layers)
         self._claims = Claims()
 
     @property
@@ -80,101 +70,13 @@ class Engine:
         """Of the disk, in bytes; a multiple of 512."""
         return self.top.info.size
 
-    # ---- lookup ----
-
-    def resolve(self, offset: int, length: int, depth: int = 0) -> list[Segment]:
-        """Where the range's bytes are, seen from layer ``depth`` downwards; in order, no gaps."""
-        found: list[Segment] = []
-        todo: list[Segment | tuple[int, int, int]] = [(offset, offset + length, depth)]
-        while todo:
-            item = todo.pop()
-            if isinstance(item, Segment):
-                _append(found, item)
-                continue
-            start, end, layer = item
-            todo.extend(reversed(self._resolve_layer(start, end, layer)))
-        return found
-
-    def _resolve_layer(
-        self, start: int, end: int, depth: int
-    ) -> list[Segment | tuple[int, int, int]]:
-        """One step of ``resolve``: segments, and ranges (start, end, depth) still to resolve."""
-        driver = self.layers[depth]
-        size = driver.info.size
-        if start >= size:
-            return [Segment(start, end - start, Kind.BELOW, depth, -1)]
-        out: list[Segment | tuple[int, int, int]] = []
-        goes_on = driver.info.has_backing and depth + 1 < len(self.layers)
-        stop = min(end, size)
-        for extent in driver.map(start, stop - start):
-            length = min(extent.length, stop - extent.offset)
-            if extent.kind is Kind.BELOW and goes_on:
-                out.append((extent.offset, extent.offset + length, depth + 1))
-            else:
-                out.append(Segment(extent.offset, length, extent.kind, depth, extent.host))
-            start = extent.offset + length
-        if start < end:
-            out.append((start, end, depth))
-        return out
-
-    def _map_top(self, start: int, end: int) -> list[Extent]:
-        """The top layer's own extents over the whole of [start, end)."""
-        extents: list[Extent] = []
-        while start < end:
-            got = self.top.map(start, end - start)
-            extents += got
-            start = got[-1].offset + got[-1].length
-        return extents
-
-    def block_status(
-        self, offset: int, length: int, depth: int = 0, layers: int | None = None
-    ) -> Iterator[Segment]:
-        """Segments with holes of data files told apart: a hole is ZERO. Ask under the lock."""
-        end = offset + length
-        while offset < end:
-            piece = min(end - offset, ZERO_PIECE)
-            segments = (
-                self.resolve(offset, piece, depth)
-                if layers is None
-                else self._own_segments(offset, piece, depth)
-            )
-            for segment in segments:
-                yield from self._split_holes(segment)
-            offset += piece
-
-    def _own_segments(self, offset: int, length: int, depth: int) -> list[Segment]:
-        """What layer ``depth`` alone says."""
-        items = self._resolve_layer(offset, offset + length, depth)
-        segments: list[Segment] = []
-        while items:
-            item = items.pop(0)
-            if isinstance(item, Segment):
-                _append(segments, item)
-            elif item[2] == depth:
-                items = self._resolve_layer(item[0], item[1], depth) + items
-            else:
-                _append(segments, Segment(item[0], item[1] - item[0], Kind.BELOW, depth, -1))
-        return segments
-
-    def _split_holes(self, segment: Segment) -> Iterator[Segment]:
-        if segment.kind is not Kind.DATA:
-            yield segment
-            return
-        file = self.layers[segment.depth].data
-        offset, length, host = segment.offset, segment.length, segment.host
-        while length:
-            hole, run = file.is_hole(host, length)
-            kind = Kind.ZERO if hole else Kind.DATA
-            yield Segment(offset, run, kind, segment.depth, host)
-            offset, length, host = offset + run, length - run, host + run
-
     # ---- read ----
 
     def read(self, offset: int, into: memoryview) -> Completion[int]:
         """Fill ``into`` from the disk. Starts at once; completes with a number to be ignored."""
         self.check_range(offset, len(into))
-        if not self.gate.closed:
-            segments = self.resolve(offset, len(into))
+        if not self.gate.closed and len(into) <= READ_PIECE:
+            segments = self.lookup.resolve(offset, len(into))
             if len(segments) == 1 and segments[0].kind is Kind.DATA:
                 segment = segments[0]
                 file = self.layers[segment.depth].data
@@ -199,9 +101,13 @@ class Engine:
         return len(into)
 
     async def _read_from(self, depth: int, offset: int, into: memoryview) -> None:
-        """Read as seen from layer ``depth``."""
+        """Read as seen from layer ``depth``, in pieces: a fragmented range is many requests."""
+        for start in range(0, len(into), READ_PIECE):
+            await self._read_piece(depth, offset + start, into[start : start + READ_PIECE])
+
+    async def _read_piece(self, depth: int, offset: int, into: memoryview) -> None:
         waits: list[Completion[int]] = []
-        for segment in self.resolve(offset, len(into), depth):
+        for segment in self.lookup.resolve(offset, len(into), depth):
             at = segment.offset - offset
             part = into[at : at + segment.length]
             if segment.kind is Kind.DATA:
@@ -283,7 +189,7 @@ class Engine:
             )
 
     async def _write_piece(self, offset: int, data: memoryview) -> None:
-        extents = self._map_top(offset, offset + len(data))
+        extents = self.lookup.extents(offset, offset + len(data))
         if all(extent.kind is Kind.DATA for extent in extents):
             await self._write_mapped(offset, data, extents)
         else:
@@ -304,9 +210,9 @@ class Engine:
         start, stop = align_down(offset, cluster), align_up(end, cluster)
         claim = await self._claims.take(start, stop)
         try:
-            extents = self._map_top(start, stop)
+            extents = self.lookup.extents(start, stop)
             if all(extent.kind is Kind.DATA for extent in extents):
-                inner = self._map_top(offset, end)
+                inner = self.lookup.extents(offset, end)
                 await self._write_mapped(offset, data, inner)
                 return
             head, tail = await self._fills(offset, end, start, stop, extents)
@@ -370,18 +276,28 @@ class Engine:
         return self.reactor.spawn(self._change(work, length))
 
     async def _zero_pieces(self, offset: int, end: int, may_unmap: bool) -> None:
+        await self._in_claims(offset, end, partial(self._zero_extent, may_unmap=may_unmap))
+        self._bound_staged()
+
+    async def _in_claims(
+        self, offset: int, end: int, work: Callable[[Extent], Awaitable[None]]
+    ) -> None:
+        """Do ``work`` on every extent of the top layer in a range, its clusters claimed.
+
+        Extents are asked for a few at a time: a hostile bitmap may hold millions of them.
+        """
         self.flusher.check()
         cluster = self.top.info.cluster_size
         while offset < end:
             stop = min(end, align_down(offset + max(ZERO_PIECE, cluster), cluster))
             claim = await self._claims.take(align_down(offset, cluster), align_up(stop, cluster))
             try:
-                for extent in self._map_top(offset, stop):
-                    await self._zero_extent(extent, may_unmap)
+                while offset < stop:
+                    for extent in self.top.map(offset, stop - offset):
+                        await work(extent)
+                        offset = extent.offset + extent.length
             finally:
                 self._claims.drop(claim)
-            offset = stop
-        self._bound_staged()
 
     async def _zero_extent(self, extent: Extent, may_unmap: bool) -> None:
         """Zero one extent of the top layer; its clusters are claimed by the caller."""
@@ -405,7 +321,7 @@ class Engine:
         await self._zero_partial(min(last, end), end)
 
     def _reads_zero_below(self, offset: int, length: int) -> bool:
-        segments = self.resolve(offset, length)
+        segments = self.lookup.resolve(offset, length)
         return all(segment.kind in (Kind.BELOW, Kind.ZERO) for segment in segments)
 
     async def _zero_partial(self, start: int, end: int) -> None:
@@ -447,21 +363,8 @@ class Engine:
         Whole blocks inside read as zeros afterwards, the rest keeps its content: a hint.
         """
         self._check_change("discard", offset, length)
-        work = self._discard_pieces(offset, offset + length)
+        work = self._in_claims(offset, offset + length, self._discard_extent)
         return self.reactor.spawn(self._change(work, length))
-
-    async def _discard_pieces(self, offset: int, end: int) -> None:
-        self.flusher.check()
-        cluster = self.top.info.cluster_size
-        while offset < end:
-            stop = min(end, align_down(offset + max(ZERO_PIECE, cluster), cluster))
-            claim = await self._claims.take(align_down(offset, cluster), align_up(stop, cluster))
-            try:
-                for extent in self._map_top(offset, stop):
-                    await self._discard_extent(extent)
-            finally:
-                self._claims.drop(claim)
-            offset = stop
 
     async def _discard_extent(self, extent: Extent) -> None:
         if extent.kind is not Kind.DATA:
@@ -499,7 +402,7 @@ class Engine:
         moved = 0
         claim = await self._claims.take(offset, align_up(end, cluster))
         try:
-            for extent in self._map_top(offset, align_up(end, cluster)):
+            for extent in self.lookup.extents(offset, align_up(end, cluster)):
                 if extent.kind is Kind.BELOW:
                     moved += await self._copy_up_extent(extent)
         finally:
@@ -514,7 +417,7 @@ class Engine:
         try:
             for offset, length, host in reservation.pieces:
                 visible = min(length, self.size - offset)
-                for segment in self._known_segments(offset, visible):
+                for segment in list(self.lookup.block_status(offset, visible)):
                     at = host + segment.offset - offset
                     moved += await self._copy_segment(segment, at)
         except BaseException:
@@ -522,11 +425,6 @@ class Engine:
             raise
         self.top.publish(reservation)
         return moved
-
-    def _known_segments(self, offset: int, length: int) -> list[Segment]:
-        return [
-            part for segment in self.resolve(offset, length) for part in self._split_holes(segment)
-        ]
 
     async def _copy_segment(self, segment: Segment, host: int) -> int:
         if segment.kind in (Kind.ZERO, Kind.BELOW):
@@ -554,13 +452,31 @@ class Engine:
             self.flusher.check()
             await prepare
             hosts = []
-            for extent in self._map_top(offset, align_up(offset + length, self._cluster)):
+            for extent in self.lookup.extents(offset, align_up(offset + length, self._cluster)):
                 if extent.kind is Kind.DATA:
                     hosts.append((extent.host, extent.length))
+                if extent.kind is not Kind.BELOW:
                     self.top.unmap(extent.offset, extent.length, Kind.BELOW)
             await self.flusher.flush()
             for host, extent_length in hosts:
                 await self.top.data.discard(host, extent_length)
+        finally:
+            self.gate.open()
+
+    async def drop_backing(self) -> None:
+        """Stop depending on what lies below, durably: every cluster must be in the top layer.
+
+        Alone in the engine. Afterwards the chain is the top layer; the caller closes the others.
+        """
+        self._check_writable("drop_backing")
+        await self.gate.close()
+        try:
+            await self.flusher.flush()
+            await self.top.drop_backing()
+            del self.layers[1:]
+        except SyncFailed as error:
+            self.flusher.fail(error)
+            raise
         finally:
             self.gate.open()
 
@@ -635,20 +551,6 @@ class Engine:
     def _check_change(self, what: str, offset: int, length: int) -> None:
         self.check_range(offset, length)
         self._check_writable(what)
-
-
-def _append(segments: list[Segment], segment: Segment) -> None:
-    """Add a segment, merged with the last one where they go on from each other."""
-    if segments:
-        last = segments[-1]
-        if (
-            last.kind is segment.kind
-            and last.depth == segment.depth
-            and (last.host < 0 or last.host + last.length == segment.host)
-        ):
-            segments[-1] = last._replace(length=last.length + segment.length)
-            return
-    segments.append(segment)
 
 
 def _fill_zeros(part: memoryview) -> None:
