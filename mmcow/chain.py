@@ -103,15 +103,12 @@ def _open_backing(
     """Open what ``above`` names as its base, layer number ``depth``. Errors tell who named it."""
     backing = above.driver.backing
     assert backing is not None
-    name, recorded = backing
+    name = backing[0]
     if depth >= DEPTH_MOST:
         problem = f"the chain is deeper than {DEPTH_MOST} layers"
         raise ChainError(above.driver.path, "backing file", name, problem)
-    resolved = opener.permitted(above.driver.path, "backing file", name)
+    resolved, format_ = find_backing(opener, above.driver.path, above.format, backing, override)
     try:
-        format_ = recorded
-        if format_ is None:
-            format_ = override or _unrecorded_format(opener, above, name, resolved)
         layer = _open_layer(opener, resolved, format_, access)
     except LockedError:
         raise
@@ -124,15 +121,33 @@ def _open_backing(
     return layer
 
 
-def _unrecorded_format(opener: Opener, above: Layer, name: str, resolved: str) -> str:
-    found = probe_file(opener.host, resolved)
+def find_backing(
+    opener: Opener,
+    path: str,
+    format_: str,
+    backing: tuple[str, str | None],
+    override: str | None = None,
+) -> tuple[str, str]:
+    """Path and format of the base that image ``path``, itself a ``format_``, records.
+
+    Asks the policy. ``override`` is the base's format where the image cannot record it; without
+    it the base must have no known magic.
+    """
+    name, recorded = backing
+    resolved = opener.permitted(path, "backing file", name)
+    if recorded is not None or override is not None:
+        return resolved, recorded or override or ""
+    try:
+        found = probe_file(opener.host, resolved)
+    except StorageError as error:
+        raise ChainError(path, "backing file", name, f"{error.what}: {error.strerror}") from error
     if found == "raw":
-        return found
+        return resolved, found
     raise ChainError(
-        above.driver.path,
+        path,
         "backing file",
         name,
-        f"begins like {found}, but {above.format} cannot record the format of its base: say it "
+        f"begins like {found}, but {format_} cannot record the format of its base: say it "
         f"when opening (-F {found}, or -F raw if it is a raw disk whose guest wrote that)",
     )
 
