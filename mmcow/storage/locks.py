@@ -15,15 +15,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
 from typing import TYPE_CHECKING
 
 from mmcow.errors import LockedError, StorageError
+from mmcow.storage.host import Identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    from mmcow.storage.host import Identity
 
 USE = 100
 DENY = 200
@@ -81,18 +81,22 @@ def _test(descriptor: int, path: str, identity: Identity, byte: int, problem: st
     except OSError as error:
         raise StorageError(error.errno or errno.EIO, "lock", path) from error
     if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
-        holders = tuple(_describe(pid) for pid in find_holders(identity, (byte,)))
+        # We hold the bytes that we want ourselves at this point.
+        found = find_holders(identity, (byte,), but=(os.getpid(), descriptor))
+        holders = tuple(_describe(pid) for pid in found)
         raise LockedError(errno.EAGAIN, f"lock ({problem})", path, holders)
 
 
-def find_holders(identity: Identity, lock_bytes: Iterable[int]) -> list[int]:
+def find_holders(
+    identity: Identity, lock_bytes: Iterable[int], *, but: tuple[int, int] = (-1, -1)
+) -> list[int]:
     """Processes that hold one of the bytes, as far as /proc tells this user.
 
     The kernel reports no owner for locks of open file descriptions; /proc/PID/fdinfo lists them.
+    ``but``: a (process, descriptor) that does not count.
     """
     wanted = set(lock_bytes)
-    inode = f":{identity.inode} "
-    return sorted({pid for pid in _processes() if _holds(pid, inode, wanted)})
+    return sorted({pid for pid in _processes() if _holds(pid, identity, wanted, but)})
 
 
 def _processes() -> Iterator[int]:
@@ -105,21 +109,33 @@ def _processes() -> Iterator[int]:
             yield int(name)
 
 
-def _holds(pid: int, inode: str, wanted: set[int]) -> bool:
+def _holds(pid: int, identity: Identity, wanted: set[int], but: tuple[int, int]) -> bool:
     directory = f"/proc/{pid}/fdinfo"
     try:
         descriptors = os.listdir(directory)
     except OSError:
         return False  # ended, or another user's
     for descriptor in descriptors:
+        if (pid, int(descriptor)) == but:
+            continue
         try:
             with open(f"{directory}/{descriptor}", encoding="ascii", errors="replace") as file:
-                lines = [line for line in file if line.startswith("lock:") and inode in line]
+                lines = [line for line in file if line.startswith("lock:")]
+            # The device number in the line is not stat's on btrfs, the inode not the disk's on a
+            # block device: only the file itself tells.
+            held = any(_covers(line, wanted) for line in lines)
+            if held and _identity(f"/proc/{pid}/fd/{descriptor}") == identity:
+                return True
         except OSError:
             continue
-        if any(_covers(line, wanted) for line in lines):
-            return True
     return False
+
+
+def _identity(path: str) -> Identity:
+    facts = os.stat(path)
+    if stat.S_ISBLK(facts.st_mode):
+        return Identity(-1, facts.st_rdev)
+    return Identity(facts.st_dev, facts.st_ino)
 
 
 def _covers(line: str, wanted: set[int]) -> bool:
