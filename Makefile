@@ -52,7 +52,7 @@ check: build ## quick: lint, types and the tests that need neither root nor prog
 fix: build ## let the formatters repair what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	@! command -v clang-format >/dev/null || clang-format -i csrc/*.[ch] tests/c/*.[ch]
+	@! command -v clang-format >/dev/null || clang-format -i $(filter-out csrc/mmc_api.h,$(wildcard csrc/*.[ch] tests/c/*.[ch]))
 
 crash: build ## power cuts in the simulator, the long form
 	$(BIN)/python -m tests.sim.crash
@@ -70,7 +70,7 @@ interop: build deps-interop ## compare with qemu, fio and file system tools
 	$(BIN)/python -m pytest -m interop
 
 sanitize: build ## the C helper's own tests under ASan, UBSan and TSan
-	@sh tests/c/run sanitize
+	@tests/c/run sanitize
 
 demo: build ## show what mmcow does, step by step
 	bash docs/demo.sh

@@ -68,9 +68,11 @@ void *mmc_buffer_alloc(uint64_t size, uint64_t alignment, int *error)
 {
     void *buffer = NULL;
 
-    *error = 0;
     if (alignment < sizeof(void *))
         alignment = sizeof(void *);
+    *error = alignment & (alignment - 1) ? -EINVAL : 0;
+    if (*error < 0)
+        return NULL;
     if (size >= KEPT_SIZE_MIN)
         buffer = take_kept(size, alignment);
     if (!buffer)

@@ -114,8 +114,8 @@ static void mark_again(const struct snapshot *shot)
         mmc_view_mark(shot->view, shot->runs[i].start, shot->runs[i].count);
 }
 
-int mmc_view_snapshot(struct mmc_view *view, uint64_t offset, uint64_t length,
-                      struct mmc_run *runs, uint32_t max, void *copy, uint64_t copy_size)
+int mmc_view_snapshot(struct mmc_view *view, uint64_t offset, uint64_t length, struct mmc_run *runs,
+                      uint32_t max, void *copy, uint64_t copy_size)
 {
     struct snapshot shot = {
         .view = view, .runs = runs, .copy = copy, .room = copy_size, .size = mmc_view_size(view)};

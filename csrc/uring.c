@@ -313,8 +313,9 @@ static void worker_done(void *owner, struct mmc_request *request)
 
 static bool has_opcodes(struct io_uring *ring)
 {
-    static const int needed[] = {IORING_OP_NOP,   IORING_OP_READ,  IORING_OP_WRITE,    IORING_OP_READV,
-                                 IORING_OP_WRITEV, IORING_OP_FSYNC, IORING_OP_FALLOCATE};
+    static const int needed[] = {IORING_OP_NOP,      IORING_OP_READ,   IORING_OP_WRITE,
+                                 IORING_OP_READV,    IORING_OP_WRITEV, IORING_OP_FSYNC,
+                                 IORING_OP_FALLOCATE};
     struct io_uring_probe *probe = io_uring_get_probe_ring(ring);
     bool all = probe != NULL;
     size_t i;
