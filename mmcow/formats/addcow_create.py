@@ -16,6 +16,7 @@ open; leaves an add-cow file that names a data file which is not durable.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from contextlib import ExitStack, suppress
@@ -33,7 +34,7 @@ from mmcow.storage.file import Cache
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mmcow.storage.host import Handle
+    from mmcow.storage.host import Handle, Identity
 
 # To be chosen by measurement: small clusters spare copy-up, large ones spare bitmap traffic.
 DEFAULT_CLUSTER_SIZE = 64 << 10
@@ -59,7 +60,7 @@ def create(opener: Opener, path: str, request: CreateRequest) -> int:
     data_path = resolve(path, "data file", name)
     _refuse_same_files(opener, path, data_path, request.backing)
     with ExitStack() as held:
-        _hold_image(opener, path, held)
+        old = _hold_image(opener, path, held)
         made = not names.exists(opener.host, data_path)
         if made:
             size = _make_data(opener, path, data_path, request)
@@ -68,8 +69,10 @@ def create(opener: Opener, path: str, request: CreateRequest) -> int:
         try:
             _make_image(opener, path, raw, size, ones=request.backing is None)
         except BaseException:
+            # The image's name first: it must never name a file that is gone.
+            _remove_new(opener, path, old)
             if made:
-                _remove(opener, data_path)
+                _remove_new(opener, data_path, None)
             raise
     return size
 
@@ -132,18 +135,23 @@ def _refuse_same_files(opener: Opener, path: str, data_path: str, backing: str |
 
 def _marks(opener: Opener, path: str) -> Iterator[object]:
     yield os.path.abspath(path)
-    with suppress(StorageError):  # not there, or not ours to see: its name must do
+    try:
         yield opener.host.stat(path).identity
+    except StorageError as error:
+        # Not there, or not ours to see: its name must do.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
+            raise
 
 
-def _hold_image(opener: Opener, path: str, held: ExitStack) -> None:
-    """An existing add-cow file is replaced only while nobody has it open."""
+def _hold_image(opener: Opener, path: str, held: ExitStack) -> Identity | None:
+    """An existing add-cow file is replaced only while nobody has it open; returns which it is."""
     if not names.exists(opener.host, path):
-        return
+        return None
     handle = opener.metadata(path, _WRITER)
     held.callback(handle.close)
     if handle.kind != "file":
         raise UsageError(f"{path}: the image must be a regular file; -o image_file takes a device")
+    return handle.identity
 
 
 def _make_data(opener: Opener, path: str, data_path: str, request: CreateRequest) -> int:
@@ -151,7 +159,12 @@ def _make_data(opener: Opener, path: str, data_path: str, request: CreateRequest
     if wanted is None:
         raise UsageError(f"{path}: a size must be given: there is no data file {data_path} yet")
     size = align_up(wanted, SECTOR)
-    names.make_file(opener.host, data_path, lambda handle: handle.truncate(size), replace=False)
+    try:
+        names.make_file(opener.host, data_path, lambda handle: handle.truncate(size), replace=False)
+    except StorageError as error:
+        if error.errno != errno.EEXIST:  # else it is somebody's who came between
+            _remove_new(opener, data_path, None)
+        raise
     return size
 
 
@@ -198,6 +211,11 @@ def _write_ones(handle: Handle, base: int, bits: int) -> None:
         handle.write_at(base + whole, bytes([(1 << rest) - 1]))
 
 
-def _remove(opener: Opener, path: str) -> None:
+def _remove_new(opener: Opener, path: str, old: Identity | None) -> None:
+    """Remove what stands under ``path``, unless it is what stood there before.
+
+    A file may have its final name although making it failed: the sync of its directory did.
+    """
     with suppress(StorageError):  # the first error is the one to report
-        names.remove(opener.host, path)
+        if opener.host.stat(path).identity != old:
+            names.remove(opener.host, path)
