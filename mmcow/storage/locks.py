@@ -17,6 +17,7 @@ import fcntl
 import os
 import stat
 import struct
+import time
 from typing import TYPE_CHECKING
 
 from mmcow.errors import LockedError, StorageError
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 USE = 100
 DENY = 200
+# A lock that no process holds is that of a killed one, whose io_uring the kernel has not yet torn
+# down (up to 20 ms measured; requests of it may still be in flight): seconds to wait for that.
+GRACE = 0.5
 
 _NAMES = {0: "read", 1: "write", 2: "write unchanged data", 3: "resize"}
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, len, pid
@@ -44,6 +48,24 @@ def acquire(  # noqa: PLR0917 - internal, called in one place
 
     Returns the new set. On LockedError the old set is still held.
     """
+    end = time.monotonic() + GRACE
+    while True:
+        try:
+            return _acquire(descriptor, path, identity, held, (use, deny))
+        except LockedError as error:
+            if error.holders or time.monotonic() > end:
+                raise
+        time.sleep(0.005)
+
+
+def _acquire(
+    descriptor: int,
+    path: str,
+    identity: Identity,
+    held: frozenset[int],
+    use_deny: tuple[frozenset[int], frozenset[int]],
+) -> frozenset[int]:
+    use, deny = use_deny
     wanted = frozenset(USE + bit for bit in use) | frozenset(DENY + bit for bit in deny)
     taken: list[int] = []
     try:
