@@ -185,8 +185,9 @@ static void zero_rest(struct mmc_request *request)
 }
 
 /* Whether a read that came back short has met the end. Asked instead of read again:
- * under O_DIRECT the odd end leaves an offset from which a second read is EINVAL. A
- * short read before the end (a bad sector behind it) is read on, and reports that. */
+ * under O_DIRECT the odd end leaves an odd offset, from which file systems that use
+ * blockdev_direct_IO (FAT, ext4 before 5.5) refuse to read. A short read before the end
+ * (a bad sector behind it) is read on, and reports that. */
 static bool is_at_end(const struct mmc_request *request)
 {
     struct stat st;
