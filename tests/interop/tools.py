@@ -198,7 +198,7 @@ def requires_fs(kind: str) -> None:
     """Root, and what makes a file system of that kind."""
     programs = () if kind == "tmpfs" else (_MKFS[kind][0], "losetup")
     requires(*programs, root=True)
-    if kind != "tmpfs":
+    if kind != "tmpfs" and which("modprobe"):
         run("modprobe", "-q", kind, ok=())
     known = Path("/proc/filesystems").read_text(encoding="ascii").split()
     if kind not in known:
@@ -244,6 +244,14 @@ def mount_image(image: Path, point: Path, *, options: str = "") -> Iterator[Path
             yield point
         finally:
             _unmount(point)
+
+
+def fs_kind(point: Path) -> str:
+    """The kind of file system mounted at ``point``."""
+    for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
+        if line.split()[1] == str(point):
+            return line.split()[2]
+    raise Failed(f"nothing is mounted at {point}")
 
 
 def _unmount(point: Path) -> None:
