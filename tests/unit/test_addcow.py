@@ -76,7 +76,10 @@ def test_open_reads_every_variant(rig, tmp_path, header, bitmap, variant, cluste
     assert driver.info.format == "add-cow"
     assert (driver.info.variant, driver.info.cluster_size) == (variant, cluster)
     assert (driver.info.size, driver.info.has_backing) == (SIZE, True)
-    assert driver.backing == ("base.raw", "raw" if variant[:2] in ("v2", "v1") and variant != "v10" else None)
+    assert driver.backing == (
+        "base.raw",
+        "raw" if variant[:2] in ("v2", "v1") and variant != "v10" else None,
+    )
     assert driver.allocated() == 0
     assert disk(driver, content, b"B" * SIZE) == b"B" * SIZE
 
@@ -118,7 +121,7 @@ def test_open_tolerates_missing_padding_and_a_writer_adds_it(rig, tmp_path, writ
 def test_open_missing_data_file_names_both(rig, tmp_path):
     path = put(tmp_path, v20(bits=12), SIZE)
     (tmp_path / "disk.raw").unlink()
-    with pytest.raises(ChainError, match="disk.add-cow: data file 'disk.raw'"):
+    with pytest.raises(ChainError, match=r"disk\.add-cow: data file 'disk\.raw'"):
         rig.open(path)
     rig.create(path, SIZE)  # and its lock is gone
 
@@ -197,9 +200,7 @@ def test_map_ignores_bits_behind_the_last_cluster(rig, tmp_path):
 def test_map_stops_early_in_a_scattered_bitmap(rig, tmp_path):
     driver = rig.open(put(tmp_path, v7(), 512 * 800, b"\x55" * 100))
     assert len(driver.map(0, 512 * 800)) <= 64
-    assert kinds(driver) == [
-        (512 * n, 512, "BELOW" if n % 2 else "DATA") for n in range(800)
-    ]
+    assert kinds(driver) == [(512 * n, 512, "BELOW" if n % 2 else "DATA") for n in range(800)]
 
 
 def test_reserve_is_invisible_and_publish_sets_bits_durably_at_flush(rig, tmp_path):
@@ -293,7 +294,7 @@ def test_grow_over_a_longer_base_sets_bits(rig, tmp_path, top, variant):
         (4 * step, 4 * step, "DATA"),
         (8 * step, 4 * step, "BELOW"),
     ]
-    base = (b"B" * 8 * step)
+    base = b"B" * 8 * step
     assert disk(driver, content, base) == b"B" * 4 * step + bytes(8 * step)
     assert os.path.getsize(tmp_path / "disk.add-cow.raw") == 12 * step
     assert bitmap_of(driver)[0] == 0xF0
@@ -485,7 +486,12 @@ def test_describe_is_json(rig, tmp_path):
 def test_inspect_opens_nothing_that_it_names(rig, tmp_path):
     path = put(tmp_path, v20(bits=12, image=b"/dev/tape", backing=b"nbd:x"), SIZE)
     found = rig.inspect(path)
-    assert (found.format, found.variant, found.size, found.cluster_size) == ("add-cow", "v20", None, C)
+    assert (found.format, found.variant, found.size, found.cluster_size) == (
+        "add-cow",
+        "v20",
+        None,
+        C,
+    )
     assert (found.backing, found.backing_format, found.data_file) == ("nbd:x", "raw", "/dev/tape")
 
 

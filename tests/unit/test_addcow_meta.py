@@ -305,7 +305,7 @@ def test_v10_flag_without_a_name_is_refused():
      (b"x" * 5000, b"i")],
 )  # fmt: skip
 def test_build_refuses_names_that_parse_would(build, backing, image):
-    with pytest.raises(UsageError, match="disk.add-cow"):
+    with pytest.raises(UsageError, match=r"disk\.add-cow"):
         build(backing, image)
 
 
