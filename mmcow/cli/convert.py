@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""``mmcow convert``.
+
+Owns: the verb: making the target, and taking it away again when the copy does not succeed.
+Never: copies (``jobs.convert`` does).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+import mmcow
+from mmcow.cli import exits
+from mmcow.cli.create import add_format_options, options_help, parse_options, wants_help
+from mmcow.cli.images import opened, warn
+from mmcow.cli.options import (
+    Parser,
+    add_backing_format,
+    add_cache,
+    add_format,
+    add_progress,
+    add_quiet,
+    add_share,
+    refuse_qemu,
+)
+from mmcow.cli.progress import meter
+from mmcow.cli.ui import CommandLineError
+from mmcow.errors import UsageError
+from mmcow.formats.opening import resolve
+from mmcow.jobs.convert import convert
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from mmcow.cli.ui import Ui
+    from mmcow.image import Image
+
+
+def configure_convert(parser: Parser) -> None:
+    """Add the verb's options."""
+    add_format(parser, "the source")
+    add_backing_format(parser)
+    parser.add_argument(
+        "-O", "--target-format", metavar="FMT",
+        help="format of the target: raw (default), add-cow or cow",
+    )  # fmt: skip
+    parser.add_argument(
+        "-n", "--no-create", action="store_true",
+        help="copy into an image that exists; what it has more becomes zeros",
+    )  # fmt: skip
+    add_format_options(parser)
+    add_cache(parser, "the target")
+    add_cache(parser, "the source", source=True)
+    add_share(parser)
+    add_progress(parser)
+    add_quiet(parser)
+    refuse_qemu(parser)
+    _refuse_more(parser)
+    parser.add_argument("source", metavar="SRC", nargs="?", help="the image to copy")
+    parser.add_argument("target", metavar="DST", nargs="?", help="the image to make")
+    parser.examples(
+        "mmcow convert vm.acow flat.raw",
+        "mmcow convert -O add-cow -o cluster_size=64k flat.raw copy.acow",
+        "mmcow convert -n -O raw vm.acow /dev/vg/vm",
+    )
+
+
+def _refuse_more(parser: Parser) -> None:
+    parser.refuse("no format that mmcow writes is compressed", "-c")
+    parser.refuse("the target has no base; see create -b", "-B", argument=True)
+    parser.refuse("zeros are always found, in blocks of 4 KiB", "-S", argument=True)
+    parser.refuse("no format that mmcow reads has internal snapshots", "-l", argument=True)
+    parser.refuse("no format that mmcow reads has bitmaps", "--bitmaps")
+    parser.refuse("the rate cannot be limited", "-r", argument=True)
+    parser.refuse("a copy stops at the first error", "--salvage")
+    parser.refuse("name the target, and its format with -O", "--target-image-opts")
+    parser.refuse("a new target is known to be zero; another one is zeroed", "--target-is-zero")
+    parser.refuse("the kernel is not asked to copy ranges", "-C")
+    # Hints about how to go about it, which change no result: taken and left aside.
+    parser.add_argument(
+        "-m", dest="parallel", metavar="N", help="accepted as qemu-img's, without effect"
+    )
+    parser.add_argument(
+        "-W", dest="unordered", action="store_true", help="accepted as qemu-img's, without effect"
+    )
+
+
+def run_convert(arguments: argparse.Namespace, ui: Ui) -> int:
+    """Copy."""
+    if wants_help(arguments.options):
+        ui.out(options_help(arguments.target_format or "raw"))
+        return exits.OK
+    if arguments.source is None or arguments.target is None:
+        raise CommandLineError("convert: SRC and DST are needed; see 'mmcow convert --help'")
+    if arguments.no_create and arguments.options:
+        raise CommandLineError("convert: -o is for a new target, and -n makes none")
+    with opened(
+        ui,
+        arguments.source,
+        format=arguments.format,
+        cache=arguments.source_cache,
+        share=arguments.share,
+        backing_format=arguments.backing_format,
+    ) as source:
+        ui.subject = arguments.target
+        _refuse_own_files(source, arguments.target)
+        if arguments.no_create:
+            _copy(arguments, ui, source, arguments.target_format, is_zero=False)
+        else:
+            _make_and_copy(arguments, ui, source)
+    return exits.OK
+
+
+def _make_and_copy(arguments: argparse.Namespace, ui: Ui, source: Image) -> None:
+    path: str = arguments.target
+    format_: str = arguments.target_format or "raw"
+    options = parse_options(arguments.options)
+    data_path = _data_path(path, format_, options)
+    _refuse_own_files(source, data_path)
+    with _removed_on_failure(_Files(path, data_path)) as files:
+        mmcow.create(path, format=format_, size=source.size, options=options)
+        files.made = True
+        _copy(arguments, ui, source, format_, is_zero=files.are_new)
+
+
+def _copy(
+    arguments: argparse.Namespace, ui: Ui, source: Image, format_: str | None, *, is_zero: bool
+) -> None:
+    path: str = arguments.target
+    with mmcow.open(path, format=format_, write=True, cache=arguments.cache) as target:
+        ui.opened(path, target)
+        warn(ui, path, target)
+        if format_ is None or not is_zero:
+            _refuse_own_files(source, target.chain[0].data_file)
+        ui.subject = source.path
+        with meter(ui, arguments, "convert") as progress:
+            convert(source, target, progress=progress, target_is_zero=is_zero)
+
+
+def _data_path(path: str, format_: str, options: dict[str, str]) -> str:
+    """Where the target keeps its data: beside it for add-cow, in it otherwise."""
+    if format_ != "add-cow":
+        return path
+    name = options.get("image_file") or f"./{os.path.basename(path)}.raw"
+    return resolve(path, "data file", name)
+
+
+def _refuse_own_files(source: Image, path: str) -> None:
+    """Writing to a file of the source's own chain would destroy what is being copied."""
+    identity = _identity(path)
+    if identity is None:
+        return
+    for layer in source.chain:
+        for name in (layer.path, layer.data_file):
+            if _identity(name) == identity:
+                raise UsageError(f"{path}: is {name}, a part of the source {source.path}")
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (-1, found.st_rdev) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
+
+
+class _Files(NamedTuple):
+    path: str
+    data_path: str
+
+
+class _Target:
+    """The files of a target: what was there before, and what must go if the copy fails."""
+
+    def __init__(self, files: _Files) -> None:
+        self.made = False
+        self._files = files
+        self._had_data = os.path.lexists(files.data_path)
+        self._is_device = _identity(files.data_path) is not None and stat.S_ISBLK(
+            os.stat(files.data_path).st_mode
+        )
+
+    @property
+    def are_new(self) -> bool:
+        """Whether all data is in a file that was made, so that it reads as zeros."""
+        if self._files.data_path == self._files.path:
+            return not self._is_device  # an existing raw file is replaced by a new one
+        return not self._had_data
+
+    def remove(self) -> None:
+        """Remove what was made. A data file or device that was there before stays."""
+        names = [self._files.path] if self._files.path != self._files.data_path else []
+        if self.are_new:
+            names.append(self._files.data_path)
+        for name in names:
+            with suppress(OSError):  # the error that ended the copy is the one to see
+                os.unlink(name)
+
+
+@contextmanager
+def _removed_on_failure(files: _Files) -> Iterator[_Target]:
+    target = _Target(files)
+    try:
+        yield target
+    except BaseException:
+        if target.made:
+            target.remove()
+        raise

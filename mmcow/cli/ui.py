@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: MIT
+"""Everything the command line says, and how it names what failed.
+
+Owns: writing to standard output and error (a closed pipe, a full disk), warnings, the shape of
+error lines: the image that was opened, then the file at fault.
+
+Never: decides an exit status (``exits``), shows progress (``progress``).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TextIO
+
+from mmcow.cli import terminal
+from mmcow.cli.signals import Signals
+from mmcow.errors import LockedError, MmcowError, UsageError
+
+if TYPE_CHECKING:
+    from mmcow.image import Image
+
+PROGRAM = "mmcow"
+
+
+class CommandLineError(UsageError):
+    """The command line cannot be understood; the text says what to write instead."""
+
+
+class OutputError(MmcowError):
+    """Standard output could not be written; ``error`` is the system's."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"standard output: {error.strerror or error}")
+        self.error = error
+
+
+class Ui:
+    """One run of the command: its output, its signals, the images it has opened."""
+
+    def __init__(self) -> None:
+        self.signals = Signals()
+        self.quiet = False
+        self.can_share = False  # the verb has -U, and the user did not give it
+        # What is being opened or worked on, for errors that name no file or another one.
+        self.subject: str | None = None
+        self._opened: list[tuple[str, frozenset[str]]] = []
+
+    # ---- standard output ----
+
+    @property
+    def stdout(self) -> TextIO:
+        """The stream itself, to ask what it can show."""
+        return sys.stdout
+
+    def out(self, text: str) -> None:
+        """Write ``text`` and a line end. OutputError where that fails."""
+        try:
+            sys.stdout.write(text + "\n")
+        except UnicodeEncodeError:
+            encoding = sys.stdout.encoding or "ascii"
+            self.out(text.encode(encoding, "backslashreplace").decode(encoding))
+        except OSError as error:
+            raise OutputError(error) from error
+
+    def say(self, text: str) -> None:
+        """``out``, unless the user wants it quiet."""
+        if not self.quiet:
+            self.out(text)
+
+    def out_json(self, value: Any) -> None:
+        """Write a value in qemu-img's layout."""
+        import json  # noqa: PLC0415 - only those who ask for JSON pay for it
+
+        self.out(json.dumps(value, indent=4))
+
+    def flush(self) -> None:
+        """Make sure that what was said has arrived."""
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            raise OutputError(error) from error
+        except ValueError:  # closed by the caller
+            pass
+
+    def abandon_output(self) -> None:
+        """Nobody takes the output any more: keep the interpreter from trying at exit."""
+        stream = sys.__stdout__
+        if stream is not None and sys.stdout is stream:
+            with suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
+
+    # ---- standard error ----
+
+    def note(self, text: str) -> None:
+        """Write one line to standard error, prefixed; where that fails, nobody can be told."""
+        self.err(f"{PROGRAM}: {text}")
+
+    def err(self, text: str) -> None:
+        """Write one line to standard error as it is."""
+        with suppress(OSError, ValueError):
+            self.flush_quietly()
+            sys.stderr.write(text + "\n")  # standard error always uses backslashreplace
+            sys.stderr.flush()
+
+    def warn(self, text: str) -> None:
+        """Write a warning."""
+        self.note(f"warning: {text}")
+
+    def flush_quietly(self) -> None:
+        """Keep the two streams in order on a terminal."""
+        if terminal.is_terminal(sys.stdout):
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
+
+    # ---- what failed ----
+
+    def opened(self, path: str, image: Image) -> None:
+        """Remember which files belong to an opened image."""
+        files = {path}
+        for layer in image.chain:
+            files.update((layer.path, layer.data_file))
+        self._opened.append((path, frozenset(files)))
+
+    def describe(self, error: BaseException) -> str:
+        """The error's text, led by the image that was opened and a hint where there is one."""
+        text = str(error) or type(error).__name__
+        subject = self._subject_of(error)
+        if subject is not None and not text.startswith((f"{subject}:", f"{subject} ")):
+            text = f"{subject}: {text}"
+        if isinstance(error, LockedError) and self.can_share:
+            text += "; -U reads it nevertheless"
+        return text
+
+    def _subject_of(self, error: BaseException) -> str | None:
+        if isinstance(error, CommandLineError | OutputError):
+            return None
+        path = getattr(error, "path", None)
+        text = str(error)
+        for image, files in self._opened:
+            if path in files or any(text.startswith(f"{file}:") for file in files):
+                return image
+        return self.subject
