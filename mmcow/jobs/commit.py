@@ -120,7 +120,7 @@ def commit(
 def _stamp(top: Image, target: Image) -> tuple[str, str | None] | None:
     """The backing name, if the image records its base's time with it: to be recorded anew, for
     the commit changes the base. None also where the base had changed before."""
-    driver = top.engine.top
+    driver = top.layers[0].driver
     data = target.engine.top.data.handle
     mtime, size = data.mtime(), target.size
     if driver.base_changed(mtime, size) is not None:

@@ -46,12 +46,9 @@ def detach(
         total = units_for(driver.info.size, driver.info.cluster_size)
         missing = total - driver.allocated()
         if missing:
-            below = (
-                "the backing file" if driver.info.has_backing else "no file (they read as zeros)"
-            )
             raise UsageError(
-                f"{name}: {missing} of {total} clusters are in {below} and not in the data file: "
-                f"copy them first (mmcow stream {name})"
+                f"{name}: {missing} of {total} clusters are not in the data file: copy them from "
+                f"below first (mmcow stream {name})"
             )
         image.flush()
         # The locks are held until the name is gone: nobody writes in between.

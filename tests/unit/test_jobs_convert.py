@@ -102,9 +102,11 @@ def test_convert_stays_sparse(tmp_path):
         file.seek(10 * MIB)
         file.write(b"x" * 4096 + bytes(1 * MIB) + b"y" * 4096)
     make_target(target, "raw", 64 * MIB, {})
-    with mmcow.open(source, format="raw") as one:
-        with mmcow.open(target, format="raw", write=True) as other:
-            assert convert(one, other, target_is_zero=True) == 8192
+    with (
+        mmcow.open(source, format="raw") as one,
+        mmcow.open(target, format="raw", write=True) as other,
+    ):
+        assert convert(one, other, target_is_zero=True) == 8192
     assert os.stat(target).st_blocks * 512 <= 64 * KIB
 
 
@@ -116,9 +118,12 @@ def test_convert_refuses(tmp_path):
             convert(one, other)
         with pytest.raises(mmcow.UsageError, match="itself"):
             convert(one, one)
-    with chain.open() as one, mmcow.open(tmp_path / "small", format="raw") as other:
-        with pytest.raises(mmcow.ReadOnlyError):
-            convert(one, other)
+    with (
+        chain.open() as one,
+        mmcow.open(tmp_path / "small", format="raw") as other,
+        pytest.raises(mmcow.ReadOnlyError),
+    ):
+        convert(one, other)
 
 
 def test_convert_stopped_anywhere_leaves_images_usable(tmp_path, monkeypatch):
@@ -158,20 +163,22 @@ def test_convert_read_error_reaches_the_caller_with_nothing_left_in_flight(tmp_p
         file.write(random.Random(5).randbytes(8 * MIB))
     make_target(target, "raw", 8 * MIB, {})
     monkeypatch.setattr(copying, "PIECE", 64 * KIB)
-    with mmcow.open(source, format="raw") as one:
-        with mmcow.open(target, format="raw", write=True) as other:
-            real = one.engine.read
+    with (
+        mmcow.open(source, format="raw") as one,
+        mmcow.open(target, format="raw", write=True) as other,
+    ):
+        real = one.engine.read
 
-            def read(offset, part):
-                if offset == 1 * MIB:
-                    raise mmcow.StorageError(5, "read", str(source), offset)
-                return real(offset, part)
+        def read(offset, part):
+            if offset == 1 * MIB:
+                raise mmcow.StorageError(5, "read", str(source), offset)
+            return real(offset, part)
 
-            monkeypatch.setattr(one.engine, "read", read)
-            with pytest.raises(mmcow.StorageError, match="Input/output"):
-                convert(one, other)
-            assert not one.reactor.queue.busy
-            assert not other.reactor.queue.busy
+        monkeypatch.setattr(one.engine, "read", read)
+        with pytest.raises(mmcow.StorageError, match="Input/output"):
+            convert(one, other)
+        assert not one.reactor.queue.busy
+        assert not other.reactor.queue.busy
 
 
 # ---- compare ----
