@@ -86,9 +86,6 @@ class CowDriver(Driver):
         self._length_at_open = 0
         # That length again, if set bits had their data past it; see ``_extend``.
         self._cut_at: int | None = None
-        # What ``base_changed`` answered to the opener of the chain, who has the base open.
-        self._base_text: str | None = None
-        self._base_asked = False
         self.data = opener.data(path, access)
         try:
             self._header = self._read_header()
@@ -283,7 +280,7 @@ class CowDriver(Driver):
         group = self.window.take()
         return None if group is None else Staged((group,))
 
-    async def resize(self, size: int, below: int) -> None:  # noqa: ARG002 - the contract's
+    async def resize(self, size: int, below: int) -> None:
         """Refuse: a longer bitmap would move every sector."""
         raise UsageError(
             f"{self.path}: a cow image cannot be resized in place (its data would move): "
@@ -298,11 +295,6 @@ class CowDriver(Driver):
         UML would refuse to open; an archive is opened all the same, with a warning and a
         finding of ``check``, because the time changes when a base is merely copied.
         """
-        self._base_asked = True
-        self._base_text = self._compare_base(mtime, size)
-        return self._base_text
-
-    def _compare_base(self, mtime: int, size: int) -> str | None:
         header = self._header
         found = f"{self.path}: backing file {header.name!r} has changed since this image was made: "
         if header.mtime and mtime & 0xFFFFFFFF != header.mtime:
@@ -313,19 +305,19 @@ class CowDriver(Driver):
         return None
 
     def _base_problem(self) -> str | None:
-        """``base_changed`` as answered, or, where nobody asked, of the base as it is now.
+        """What the base's time tells; None where it may not or cannot be asked.
 
-        None where it may not or cannot be looked at. It is not opened.
+        The base is not opened, so its disk's size stays out of this.
         """
         name = self._header.name
-        if self._base_asked or name is None:
-            return self._base_text
+        if name is None:
+            return None
         try:
             path = self._opener.permitted(self.path, "backing file", name)
             facts = self._opener.host.stat(path)
         except (ChainError, StorageError):
             return None
-        return self._compare_base(facts.mtime, facts.size) if facts.kind == "file" else None
+        return self.base_changed(facts.mtime, self._header.size) if facts.kind == "file" else None
 
     async def drop_backing(self) -> None:
         """See ``Driver.drop_backing``. Only when every bit is set, durably."""
@@ -340,7 +332,6 @@ class CowDriver(Driver):
         for change in cow_meta.rename_changes(header.layout, header.backing_file, b"", 0):
             await self.window.write_through(change.offset, change.data)
         self._header = header._replace(backing_file=b"", mtime=0)
-        self._base_text = None
         self.info = self._make_info()
 
     # ---- check ----
