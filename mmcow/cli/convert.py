@@ -157,7 +157,8 @@ def _refuse_own_files(source: Image, path: str) -> None:
     for layer in source.chain:
         for name in (layer.path, layer.data_file):
             if _identity(name) == identity:
-                raise UsageError(f"{path}: is {name}, a part of the source {source.path}")
+                known = "" if name == path else f" (as {name})"
+                raise UsageError(f"{path}: is a file of the source {source.path}{known}")
 
 
 def _identity(path: str) -> tuple[int, int] | None:

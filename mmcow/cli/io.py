@@ -27,7 +27,7 @@ from mmcow.cli.options import (
     refuse_qemu,
 )
 from mmcow.cli.sizes import io_size, parse_size
-from mmcow.cli.ui import CommandLineError
+from mmcow.cli.ui import CommandLineError, OutputError
 from mmcow.errors import Cancelled, MmcowError, UsageError
 from mmcow.formats.driver import Kind
 from mmcow.native import aligned
@@ -100,7 +100,7 @@ def _lines(ui: Ui) -> Iterator[str]:
     while True:
         with ui.signals.breaking_in("io"):
             if prompt:
-                sys.stdout.write(prompt)
+                ui.out(prompt, end="")
             ui.flush()
             line = sys.stdin.readline()
         if not line:
@@ -135,7 +135,7 @@ class Session:
             return
         try:
             self._run(words)
-        except Cancelled:
+        except (Cancelled, OutputError):
             raise
         except MmcowError as error:
             self.failed = True

@@ -35,10 +35,11 @@ Exit status: 0 done, 1 failed, 130 stopped by Ctrl-C; check and compare have mor
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. ``argv`` is without the program's name."""
+    _occupy_standard_descriptors()
     arguments = list(sys.argv[1:] if argv is None else argv)
     ui = Ui()
     verb = arguments[0] if arguments and arguments[0] in VERBS else ""
-    with ui.signals.watched():
+    with ui.signals.watched(for_good=argv is None):
         try:
             status = _dispatch(arguments, ui)
             ui.flush()
@@ -48,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             status = _report(error, verb, ui)
     return status
+
+
+def _occupy_standard_descriptors() -> None:
+    """Keep an image from getting a descriptor that something may take for a standard stream."""
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            return
+        os.set_inheritable(descriptor, True)
 
 
 def _dispatch(arguments: list[str], ui: Ui) -> int:
@@ -63,8 +74,8 @@ def _dispatch(arguments: list[str], ui: Ui) -> int:
     parser = make_parser(first)
     try:
         parsed = parser.parse(arguments[1:])
-    except HelpWanted as wanted:
-        ui.out(wanted.text)
+    except HelpWanted:
+        ui.out(parser.format_help().rstrip("\n"))
         return exits.OK
     ui.quiet = getattr(parsed, "quiet", False)
     ui.can_share = not getattr(parsed, "share", True)

@@ -23,11 +23,7 @@ CACHES = "auto, none, writeback, writethrough, directsync or unsafe"
 
 
 class HelpWanted(Exception):
-    """The user asked for help; ``text`` is it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
+    """The user asked for help."""
 
 
 class _Help(argparse.Action):
@@ -38,7 +34,7 @@ class _Help(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> NoReturn:
-        raise HelpWanted(parser.format_help().rstrip("\n"))
+        raise HelpWanted
 
 
 class _Refused(argparse.Action):
@@ -99,7 +95,12 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse; operands may stand between options, as getopt_long allows."""
         self._given = list(arguments)
-        return self.parse_intermixed_args(self._given)
+        # A usage that is set keeps argparse from formatting one for every parse, just in case.
+        self.usage = self.prog
+        try:
+            return self.parse_intermixed_args(self._given)
+        finally:
+            self.usage = None
 
     def _unknown_option(self) -> str | None:
         for text in self._given:

@@ -88,7 +88,7 @@ class QemuMeter(Meter):
 
     def show(self) -> None:
         """Overwrite the last number."""
-        sys.stdout.write(f"    ({self.percent:.2f}/100%)\r")
+        self.ui.out(f"    ({self.percent:.2f}/100%)", end="\r")
         self.ui.flush()
 
     def close(self) -> None:

@@ -38,11 +38,13 @@ class Signals:
             raise Cancelled(what)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self, *, for_good: bool) -> Iterator[None]:
         """Note signals instead of dying of them, for the length of the block.
 
-        Signals that the parent made us ignore (nohup) stay ignored. Outside the main thread,
-        where Python cannot handle signals, this does nothing.
+        ``for_good``: the process ends after the block, and its exit status is decided: from then
+        on signals are ignored. Otherwise the handlers are those of before again. Signals that
+        the parent made us ignore (nohup) stay ignored. Outside the main thread, where Python
+        cannot handle signals, this does nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -57,7 +59,7 @@ class Signals:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if for_good else handler)
 
     @contextmanager
     def breaking_in(self, what: str) -> Iterator[None]:

@@ -14,10 +14,10 @@ from typing import TextIO
 DEFAULT_WIDTH = 80
 
 
-def is_terminal(stream: TextIO) -> bool:
-    """Whether a person looks at ``stream``."""
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person looks at ``stream`` (None: it was closed before the program began)."""
     try:
-        return stream.isatty()
+        return stream is not None and stream.isatty()
     except ValueError:  # closed
         return False
 

@@ -9,6 +9,7 @@ Never: decides an exit status (``exits``), shows progress (``progress``).
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from contextlib import suppress
@@ -51,16 +52,19 @@ class Ui:
 
     @property
     def stdout(self) -> TextIO:
-        """The stream itself, to ask what it can show."""
-        return sys.stdout
+        """The stream itself; OutputError where the program was started without one."""
+        stream: TextIO | None = sys.stdout
+        if stream is None:
+            raise OutputError(OSError(errno.EBADF, os.strerror(errno.EBADF)))
+        return stream
 
-    def out(self, text: str) -> None:
+    def out(self, text: str, end: str = "\n") -> None:
         """Write ``text`` and a line end. OutputError where that fails."""
         try:
-            sys.stdout.write(text + "\n")
+            self.stdout.write(text + end)
         except UnicodeEncodeError:
-            encoding = sys.stdout.encoding or "ascii"
-            self.out(text.encode(encoding, "backslashreplace").decode(encoding))
+            encoding = self.stdout.encoding or "ascii"
+            self.out(text.encode(encoding, "backslashreplace").decode(encoding), end)
         except OSError as error:
             raise OutputError(error) from error
 
@@ -78,7 +82,8 @@ class Ui:
     def flush(self) -> None:
         """Make sure that what was said has arrived."""
         try:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except OSError as error:
             raise OutputError(error) from error
         except ValueError:  # closed by the caller
@@ -101,6 +106,8 @@ class Ui:
 
     def err(self, text: str) -> None:
         """Write one line to standard error as it is."""
+        if sys.stderr is None:
+            return
         with suppress(OSError, ValueError):
             self.flush_quietly()
             sys.stderr.write(text + "\n")  # standard error always uses backslashreplace
