@@ -75,11 +75,11 @@ class Model:
         for line in lines:
             entry = json.loads(line)
             if entry["at"] == "begin":
-                self._begin(entry)
+                self._begin(entry, believe)
             elif believe:
                 self._end(entry)
 
-    def _begin(self, entry: dict[str, Any]) -> None:
+    def _begin(self, entry: dict[str, Any], believe: bool) -> None:
         kind, number = entry["op"], entry["n"]
         if kind in ("write", "zero", "discard"):
             value = number if kind == "write" else 0
@@ -94,6 +94,9 @@ class Model:
             size = entry["size"] // SECTOR
             self._pending_resize = (number, size)
             self.sizes.add(size)
+            if not believe:  # cut off and grown again, for all that is known
+                for writes in self.sectors[size:]:
+                    writes.append(_Write(0, number, weak=True))
             for _ in range(len(self.sectors), size):
                 self.sectors.append([_Write(0, 0)])
 
