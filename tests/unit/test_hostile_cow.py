@@ -24,7 +24,7 @@ from tests.unit.test_cow_meta import ALL, header_bytes, image_bytes
 pytestmark = pytest.mark.hostile
 
 MEMORY = 8 << 20
-SECONDS = 2.0
+SECONDS = 2.0  # of this process, however busy the machine is
 
 NAME = b"base.img"
 
@@ -73,7 +73,7 @@ def named(error, path):
 def exercise(bench, name="disk.cow", *, write=False):
     """Open, map, read here and there, and check; returns the error of opening, if it is ours."""
     tracemalloc.start()
-    started = time.monotonic()
+    started = time.process_time()
     try:
         driver = bench.open(name, write=write, cache=Cache.WRITEBACK)
     except (FormatError, ChainError) as error:
@@ -94,7 +94,7 @@ def exercise(bench, name="disk.cow", *, write=False):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < MEMORY
-        assert time.monotonic() - started < SECONDS
+        assert time.process_time() - started < SECONDS
 
 
 @pytest.mark.parametrize(("layout", "field", "value"), DAMAGED)
@@ -183,9 +183,9 @@ def test_hostile_largest_size_that_is_taken(bench):
     bench.put(header_bytes(cow_meta.X86_64, size=(8 << 40) - (16 << 20)))
     os.truncate(bench.path(), 3 << 30)
     assert exercise(bench) is None
-    started = time.monotonic()
+    started = time.process_time()
     bench.open(write=True, cache=Cache.WRITEBACK)
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 @pytest.mark.parametrize("layout", ALL, ids=layout_id)
