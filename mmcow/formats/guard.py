@@ -187,6 +187,12 @@ class Guard(Driver):
         assert not self.info.has_backing, "drop_backing left the layer depending on a base"
         assert not self._is_dirty(), "drop_backing returned with dirty metadata"
 
+    def base_changed(self, mtime: int, size: int) -> str | None:
+        """Check that there is a base to compare with."""
+        self._check_open()
+        assert self.inner.info.has_backing, "asked about a base that this layer does not have"
+        return self.inner.base_changed(mtime, size)
+
     async def check(self, repair: str) -> CheckResult:
         """Check the counts and that nothing is repaired that nobody asked for."""
         self._check_open()

@@ -260,6 +260,13 @@ def test_read_special_of_data(guard):
         guard.read_special(Extent(0, C, SPECIAL, 0), memoryview(bytearray(1))).send(None)
 
 
+def test_base_changed_without_a_base(fake, guard):
+    assert guard.base_changed(0, 0) is None
+    fake.info = fake.info._replace(has_backing=False)
+    with caught("a base that this layer does not have"):
+        guard.base_changed(0, 0)
+
+
 def test_use_after_close(guard):
     guard.close()
     for call in (guard.stage, guard.describe, guard.allocated, guard.close):
