@@ -17,6 +17,7 @@
     |   |-- SyncFailed              a sync failed: what it covered may be lost
     |   `-- LockedError             another process is using the file
     |-- LayerFailed                 an earlier sync failed; reopen to go on
+    |-- Interrupted                 an earlier KeyboardInterrupt broke in; reopen to go on
     `-- JobError
         |-- Cancelled               the user stopped a long job; the image is valid
         `-- Mismatch                compare found a difference
@@ -155,6 +156,18 @@ class LayerFailed(MmcowError):
     def __init__(self, path: str, cause: BaseException) -> None:
         super().__init__(f"{path}: refused after an earlier failure: {cause}")
         self.path = path
+        self.__cause__ = cause
+
+
+class Interrupted(MmcowError):
+    """A KeyboardInterrupt struck while requests were being handled; ``__cause__`` is it.
+
+    A result may have been lost on its way, so everything is refused until the image is opened
+    again. The image itself is valid: what was flushed is there.
+    """
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__("interrupted in the middle of a request; open the image again")
         self.__cause__ = cause
 
 

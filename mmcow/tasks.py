@@ -14,22 +14,20 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from mmcow.errors import MmcowError
+from mmcow.errors import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
 
+__all__ = ["Completion", "Interrupted", "Reactor", "Task", "TurnQueue", "completed"]
+
 T = TypeVar("T")
 
-
-class Interrupted(MmcowError):
-    """A KeyboardInterrupt struck while requests were being handled; open the image again."""
-
-    def __init__(self, cause: BaseException) -> None:
-        super().__init__("interrupted in the middle of a request; open the image again")
-        self.__cause__ = cause
+# Arguments of one call without any, for ``starmap``.
+_ONE_CALL: tuple[tuple[()]] = ((),)
 
 
 class Completion(Generic[T]):
@@ -133,11 +131,16 @@ class TurnQueue(Protocol):
     def busy(self) -> bool:
         """True while requests are pending or in flight."""
 
+    def submit(self) -> None:
+        """Submit what is pending; collect nothing. Never blocks.
+
+        Called while another thread waits inside ``turn``: that one collects.
+        """
+
     def turn(self, wait: bool) -> list[tuple[Completion[Any], int]]:
         """Submit what is pending; collect what is done, at least one if ``wait``.
 
-        Blocks at most until a signal. Must be callable by a second thread while a
-        first one waits inside.
+        Blocks at most until a signal. Called by one thread at a time.
         """
 
     def deliver(self, finished: list[tuple[Completion[Any], int]]) -> None:
@@ -150,7 +153,8 @@ class Reactor:
     ``lock`` guards everything above the queue: tasks, engine state, metadata. It is
     the first lock in the order and is not held while a thread waits in the kernel.
     Of several threads that wait for their tasks one (the leader) waits in the kernel for
-    all; the others wait for it to hand over.
+    all; the others submit, and wait for it to hand over. While there is a leader nobody else
+    collects: a leader whose last completion another thread took away would sleep for ever.
     """
 
     def __init__(self, queue: TurnQueue) -> None:
@@ -163,6 +167,7 @@ class Reactor:
         self._progress = threading.Condition(self.lock)
         self._has_leader = False
         self._followers = 0
+        self._quiescing = 0
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> Task[T]:
         """Start a coroutine; it runs at once up to its first wait. Lock held."""
@@ -177,7 +182,24 @@ class Reactor:
         completes or not, its buffers stay referenced, and the caller opens anew.
         """
         with self.lock:
+            if self.interrupted is not None:
+                coroutine.close()
+                self.check()
             return self.wait(self.spawn(coroutine))
+
+    def perform(self, begin: Callable[[], Completion[T]]) -> T:
+        """Begin a request under the lock, as ``run`` does a coroutine, and wait for it."""
+        with self.lock:
+            self.check()
+            try:
+                completion = begin()
+            except Exception:
+                raise
+            except BaseException as error:
+                # It struck between two steps of the bookkeeping: who knows which.
+                self.interrupted = error
+                raise
+            return self.wait(completion)
 
     def wait(self, completion: Completion[T]) -> T:
         """Turn the queue until ``completion`` is done; return its result."""
@@ -185,6 +207,7 @@ class Reactor:
             try:
                 self._drain()
                 if not completion.done:
+                    self.check()
                     self._wait(completion)
             except Exception:
                 raise
@@ -193,38 +216,73 @@ class Reactor:
                 raise
         return completion.result()
 
+    def check(self) -> None:
+        """Raise Interrupted if a KeyboardInterrupt broke in before."""
+        if self.interrupted is not None:
+            raise Interrupted(self.interrupted)
+
     def poll(self) -> None:
         """Submit, collect without waiting, run what became ready. For event loops."""
         with self.lock:
-            self._drain()
-            self._turn(wait=False)
-            while self.ready:
+            try:
                 self._drain()
-                self._turn(wait=False)
+                self._turn_without_waiting()
+                while self.ready:
+                    self._drain()
+                    self._turn_without_waiting()
+            except Exception:
+                raise
+            except BaseException as error:
+                self.interrupted = error
+                raise
+
+    def quiesce(self) -> None:
+        """Wait until no other thread waits for a task: before the queue is closed.
+
+        Where the reactor was interrupted they leave with Interrupted, the leader when one of its
+        requests completes; otherwise their tasks must come to an end by themselves.
+        """
+        with self.lock:
+            self._quiescing += 1
+            try:
+                while self._has_leader or self._followers:
+                    self._progress.notify_all()
+                    self._progress.wait()
+            finally:
+                self._quiescing -= 1
 
     def _wait(self, completion: Completion[Any]) -> None:
-        self._turn(wait=False)
+        self._turn_without_waiting()
         self._drain()
         while not completion.done:
-            if self.interrupted is not None:
-                raise Interrupted(self.interrupted)
+            self.check()
             if self._has_leader:
-                self._followers += 1
-                try:
-                    self._progress.wait()
-                finally:
-                    self._followers -= 1
+                self._follow(completion)
                 continue
             self._has_leader = True
             try:
                 self._lead(completion)
             finally:
                 self._has_leader = False
-                if self._followers:
+                if self._followers or self._quiescing:
                     self._progress.notify_all()
+
+    def _follow(self, completion: Completion[Any]) -> None:
+        self.queue.submit()
+        self._drain()  # what could not be submitted has failed already
+        if completion.done:
+            return
+        self._followers += 1
+        try:
+            self._progress.wait()
+        finally:
+            self._followers -= 1
+            if self._quiescing:
+                self._progress.notify_all()
 
     def _lead(self, completion: Completion[Any]) -> None:
         while not completion.done:
+            self.check()
             if not self.ready and not self.queue.busy:
                 raise RuntimeError("deadlock: a task waits for something nobody will deliver")
             self._turn(wait=not self.ready)
@@ -232,18 +290,29 @@ class Reactor:
             if self._followers:
                 self._progress.notify_all()
 
-    def _turn(self, wait: bool) -> None:
-        if wait:
-            # RLock: leave it entirely, whatever the depth, as Condition.wait does.
-            saved = self.lock._release_save()  # type: ignore[attr-defined]  # noqa: SLF001
-            try:
-                finished = self.queue.turn(True)
-            finally:
-                self.lock._acquire_restore(saved)  # type: ignore[attr-defined]  # noqa: SLF001
+    def _turn_without_waiting(self) -> None:
+        if self._has_leader:
+            self.queue.submit()
         else:
-            finished = self.queue.turn(False)
+            self._turn(wait=False)
+
+    def _turn(self, wait: bool) -> None:
+        finished = self._turn_unlocked() if wait else self.queue.turn(False)
         if finished:
             self.queue.deliver(finished)
+
+    def _turn_unlocked(self) -> list[tuple[Completion[Any], int]]:
+        """Wait in the queue without the lock. RLock: leave it entirely, whatever the depth, as
+        Condition.wait does."""
+        saved: list[Any] = []
+        try:
+            # One call in C: no KeyboardInterrupt gets between giving the lock up and knowing how
+            # deep it was held.
+            saved.extend(starmap(self.lock._release_save, _ONE_CALL))  # type: ignore[attr-defined]
+            return self.queue.turn(True)
+        finally:
+            if saved:
+                self.lock._acquire_restore(saved[0])  # type: ignore[attr-defined]
 
     def _drain(self) -> None:
         ready = self.ready

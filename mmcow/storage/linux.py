@@ -16,7 +16,7 @@ import threading
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmcow import native
-from mmcow.errors import StorageError, SyncFailed, UsageError
+from mmcow.errors import ClosedError, StorageError, SyncFailed, UsageError
 from mmcow.native import ffi, lib
 from mmcow.storage import locks
 from mmcow.storage.host import Alignment, Buffer, Handle, Identity, Stat, View
@@ -183,7 +183,7 @@ class NativeView:
     MOST_RUNS = 256
 
     def __init__(self, pointer: Any, path: str, unit: int) -> None:
-        self._view: Any = ffi.gc(pointer, lib.mmc_view_close)
+        self._view: Any = pointer
         self._path = path
         self._unit = unit
         self._runs = ffi.new("struct mmc_run[]", self.MOST_RUNS)
@@ -270,8 +270,24 @@ class NativeView:
 
     def close(self) -> None:
         view, self._view = self._view, None
-        if view is not None:
-            ffi.release(view)
+        self.__class__ = _ClosedView
+        lib.mmc_view_close(view)
+
+    def __del__(self) -> None:
+        # Not ffi.gc: the collector of cycles would free the view while a coroutine that it
+        # finalises later still asks it.
+        self.close()
+
+
+class _ClosedView(NativeView):
+    """What a view is once closed: an error for whoever still asks, never freed memory."""
+
+    @property
+    def _view(self) -> Any:
+        raise ClosedError(self._path)
+
+    def close(self) -> None:
+        """Nothing is left to close."""
 
 
 class Request(Completion[int]):
@@ -308,7 +324,7 @@ _BACKEND_NAMES = {lib.MMC_BACKEND_URING: "io_uring", lib.MMC_BACKEND_POOL: "thre
 
 
 class NativeQueue:
-    """The C queue. See ``storage.host.IOQueue``; ``turn`` may be called by two threads at once."""
+    """The C queue. See ``storage.host.IOQueue``; ``submit`` may be called beside a ``turn``."""
 
     DEPTH = 256
     MOST_DONE = 256
@@ -324,9 +340,8 @@ class NativeQueue:
         self._pending = bytearray()
         self._pending_lock = threading.Lock()
         self._token = 0
-        # One result area for the thread that waits, one for those that only look.
-        self._done = [ffi.new("struct mmc_done[]", self.MOST_DONE) for _ in range(2)]
-        self._done_bytes = [memoryview(ffi.buffer(area)) for area in self._done]
+        self._done = ffi.new("struct mmc_done[]", self.MOST_DONE)
+        self._done_bytes = memoryview(ffi.buffer(self._done))
 
     @property
     def busy(self) -> bool:
@@ -382,33 +397,45 @@ class NativeQueue:
             self._pending += op
 
     def changes_in_flight(self, handle: LinuxHandle, start: int, end: int) -> list[Completion[Any]]:
+        # A copy: the thread that waits in ``turn`` takes out what is done meanwhile.
         return [
             r
-            for r in self._in_flight.values()
+            for r in list(self._in_flight.values())
             if r.handle is handle
             and r.code in _CHANGES
             and r.offset < end
             and start < r.offset + r.length
         ]
 
+    def submit(self) -> None:
+        pending, count = self._take_pending()
+        if not count:
+            return
+        ops = ffi.from_buffer("struct mmc_op[]", pending)
+        n = lib.mmc_queue_turn(self._queue, ops, count, ffi.NULL, 0, 0)
+        if n < 0 and n != -errno.EINTR:
+            self.deliver(self._refuse(pending, n))
+
     def turn(self, wait: bool) -> list[tuple[Completion[Any], int]]:
-        with self._pending_lock:
-            pending, self._pending = self._pending, bytearray()
-        count = len(pending) // _OP.size
+        pending, count = self._take_pending()
         if not count and not self._in_flight:
             return []
-        which = 1 if wait else 0
         ops = ffi.from_buffer("struct mmc_op[]", pending) if count else ffi.NULL
         n = lib.mmc_queue_turn(
-            self._queue, ops, count, self._done[which], self.MOST_DONE, -1 if wait else 0
+            self._queue, ops, count, self._done, self.MOST_DONE, -1 if wait else 0
         )
         if n == -errno.EINTR:
             return []  # the interpreter runs the signal's handler on the way back
         if n < 0:
             return self._refuse(pending, n)
         in_flight = self._in_flight
-        done = self._done_bytes[which][: n * _DONE.size]
+        done = self._done_bytes[: n * _DONE.size]
         return [(in_flight.pop(token), result) for token, result in _DONE.iter_unpack(done)]
+
+    def _take_pending(self) -> tuple[bytearray, int]:
+        with self._pending_lock:
+            pending, self._pending = self._pending, bytearray()
+        return pending, len(pending) // _OP.size
 
     def _refuse(self, pending: bytearray, result: int) -> list[tuple[Completion[Any], int]]:
         """The kernel took none of the requests: each fails with that error."""
