@@ -10,25 +10,29 @@ from one number. The number of a case is all that is needed to repeat it (``--ca
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from random import Random
 
 import mmcow.image
 from tests.sim import images
+from tests.sim.creation import CreateCase
 from tests.sim.model import Violation
 from tests.sim.workload import Case, alphabet, random_sequence
 
 BATCH = 20  # cases that a worker takes at a time
+CREATE = "create"  # beside the variants: creations of all formats
+WHAT = (*images.VARIANTS, CREATE)
+SHOWN = 3  # violations told in full
 
 
 def make_case(number: int, variant: str | None = None) -> tuple[Case, list]:
     """The case with a number, and its operations."""
     rng = Random(number)
-    shape = images.shapes(variant or rng.choice(images.VARIANTS), rng)
+    shape = images.random_shape(variant or rng.choice(images.VARIANTS), rng)
     kind = rng.random()
     if kind < 0.5:
         ops = [rng.choice(alphabet(shape)) for _ in range(rng.randint(2, 4))]
@@ -45,8 +49,12 @@ def make_case(number: int, variant: str | None = None) -> tuple[Case, list]:
 
 def run_case(number: int, variant: str | None = None) -> int:
     """Run one case; returns the number of power cuts."""
-    case, ops = make_case(number, variant)
     try:
+        if variant == CREATE:
+            creation = CreateCase(number)
+            creation.run()
+            return creation.cuts
+        case, ops = make_case(number, variant)
         case.run(ops)
     except Violation as violation:
         again = f"python -m tests.sim.crash --case {number}"
@@ -69,7 +77,7 @@ def _run_batch(work: tuple[int, str | None]) -> tuple[int, str | None]:
 
 
 def _batches(seed: int, variant: str | None) -> Iterator[tuple[int, str | None]]:
-    variants = [variant] if variant else images.VARIANTS
+    variants = [variant] if variant else WHAT
     number = seed * 1_000_000_000
     while True:
         for name in variants:
@@ -80,20 +88,12 @@ def _batches(seed: int, variant: str | None) -> Iterator[tuple[int, str | None]]
 def run(cuts: int, seed: int, jobs: int, variant: str | None) -> tuple[int, list[str]]:
     """Cut the power ``cuts`` times at least; returns how often it was and the violations."""
     total, violations = 0, []
-    if jobs == 1:
-        results = map(_run_batch, _batches(seed, variant))
-        for done, violation in results:
-            total += done
-            if violation:
-                violations.append(violation)
-            if total >= cuts or violations:
-                return total, violations
     source = _batches(seed, variant)
-    with multiprocessing.Pool(jobs) as pool:
+    with ProcessPoolExecutor(jobs) as pool:  # notices a worker that dies
         while total < cuts and not violations:
-            # A bounded piece at a time: imap would draw from an endless source for ever.
+            # A bounded piece at a time: map would draw from an endless source for ever.
             piece = [next(source) for _ in range(jobs * 8)]
-            for done, violation in pool.imap_unordered(_run_batch, piece):
+            for done, violation in pool.map(_run_batch, piece):
                 total += done
                 if violation:
                     violations.append(violation)
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cuts", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--format", choices=images.VARIANTS, default=None)
+    parser.add_argument("--format", choices=WHAT, default=None)
     parser.add_argument("--case", type=int, default=None, help="run this one case again")
     options = parser.parse_args(arguments)
     seed = Random().randrange(1_000_000) if options.seed is None else options.seed
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
             total, violations = 0, [str(violation)]
     else:
         total, violations = run(options.cuts, seed, options.jobs, options.format)
-    for violation in violations:
+    for violation in violations[:SHOWN]:
         print(violation, "\n")
     took = time.monotonic() - started
     print(f"{len(violations)} violations, {took:.0f} s, {total / took:.0f} cuts a second")

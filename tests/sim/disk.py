@@ -37,8 +37,8 @@ from typing import NamedTuple
 SECTOR = 512
 ZEROS = bytes(SECTOR)
 
-# How likely the newest and the oldest possible version of a sector is chosen (else: any). Drawn once
-# per file and cut, so that "all of the bitmap, nothing of the data" and the reverse are common.
+# How likely the newest and the oldest possible version of a sector is chosen (else: any). Drawn
+# once per file and cut: "all of the bitmap, nothing of the data" and the reverse are common.
 _MOODS = ((1.0, 0.0), (0.0, 1.0), (0.9, 0.0), (0.0, 0.9), (0.4, 0.4), (0.0, 0.0))
 _Mood = tuple[float, float]
 
@@ -54,10 +54,10 @@ class Version(NamedTuple):
 class Inode:
     """A file or block device: what readers see, and what the disk has."""
 
-    def __init__(self, number: int, kind: str = "file", content: bytes = b"", mtime: int = 0) -> None:
+    def __init__(self, number: int, kind: str = "file", content: bytes = b"") -> None:
         self.number = number
         self.kind = kind
-        self.mtime = mtime
+        self.mtime = 0
         self.length = len(content)
         self.live = _padded(content)  # bytes beyond ``length`` are zero
         self.durable_length = self.length
@@ -128,12 +128,14 @@ class Inode:
         self.versions.update(aside)
 
     def fail_sync(self, rng: Random) -> None:
-        """A sync has failed: un-synced versions are on the disk or lost, and all pages are clean."""
+        """A sync has failed: un-synced versions are on the disk or lost, all pages are clean."""
         dirty = list(self.versions)
         self._harden(rng, -1, rng.choice(_MOODS))
         self.versions.clear()
         self.lengths.clear()
-        self.lost.update(s for s in dirty if self._sector(self.durable, s) != self._sector(self.live, s))
+        for sector in dirty:
+            if self._sector(self.durable, sector) != self._sector(self.live, sector):
+                self.lost.add(sector)
 
     def drop_cache(self) -> None:
         """Clean sectors are read from the disk again: what a failed sync lost disappears."""

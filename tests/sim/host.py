@@ -65,6 +65,12 @@ class Machine:
         self.mapped = mapped  # whether views take msync or datasync as their barrier
         self.make_view = make_view
 
+    def __str__(self) -> str:
+        return (
+            f"direct I/O alignment {self.direct_align}, punch {self.can_punch}, "
+            f"zero range {self.can_zero}, msync {self.mapped}"
+        )
+
 
 class SimHost:
     """One machine. ``seed`` decides everything that is left open."""

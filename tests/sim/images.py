@@ -2,8 +2,8 @@
 """Small disks of every format, written byte by byte from the specifications.
 
 These writers share nothing with mmcow: a format module that misplaces a field is found out by the
-first read. What a disk holds names its origin in readable bytes ("base.3", "data.5", "junk.2"), so that a
-violation tells where the wrong bytes came from.
+first read. What a disk holds names its origin in readable bytes ("base.3", "data.5", "junk.2"), so
+that a violation tells where the wrong bytes came from.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def cow(shape: Shape, backing: str, bits: bytes) -> tuple[bytes, int]:
     return whole, -(-len(whole) // SECTOR) * SECTOR
 
 
-def shapes(variant: str, rng: Random) -> Shape:
+def random_shape(variant: str, rng: Random) -> Shape:
     """A small disk of a variant, with whatever lies below it, at random."""
     cluster = {"v20": 4096, "v18": rng.choice((512, 1024, 2048)), "v10": 65536}.get(variant, SECTOR)
     if variant == "raw":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The oracle: what a disk may show, now and after a power cut.
 
-The disk is a row of cells (a sector each, or smaller). Every change of a cell is a *version* with the
-times at which its operation began and ended. Two rules say everything:
+The disk is a row of cells (a sector each, or smaller). Every change of a cell is a *version* with
+the times at which its operation began and ended. Two rules say everything:
 
 - A version is **superseded** once a sure later one has ended before the moment that counts;
   later means: it began after the first had ended. Versions of overlapping operations do not
@@ -10,9 +10,9 @@ times at which its operation began and ended. Two rules say everything:
 - A **read** counts from its own start. A **power cut** counts from the start of the last
   successful flush: what had ended by then is durable, what came later may or may not be.
 
-A version is *sure* if its operation succeeded and must take effect. Not sure are operations
-that failed, those that are still under way, and discards, which are hints: the old value and zero are both
-right until something shows which it was.
+A version is *sure* if its operation succeeded and must take effect. Not sure are operations that
+failed, those that are still under way, and discards, which are hints: the old value and zero are
+both right until something shows which it was.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Model:
     barrier: int = 0  # start of the last successful flush
     sizes: list[int] = field(default_factory=list)  # that a cut may show
     cells: list[list[Version]] = field(default_factory=list)
+    reading: list[int] = field(default_factory=list)  # when reads under way began
 
     @classmethod
     def of(cls, content: bytes, cell: int = 512) -> Model:
@@ -112,9 +113,11 @@ class Model:
     def flushed(self, began: int) -> None:
         """A flush has succeeded."""
         self.barrier = max(self.barrier, began)
+        # Forget what nobody may see any more; a read that began before may still see it.
+        moment = min(self.barrier, *self.reading, NEVER)
         for index, versions in enumerate(self.cells):
             if len(versions) > 1:
-                self.cells[index] = _standing(versions, self.barrier)
+                self.cells[index] = _standing(versions, moment)
 
     def begin_resize(self, size: int) -> None:
         """A change of size begins: a cut may show either."""
@@ -132,6 +135,16 @@ class Model:
             self.cells.append([zero])
 
     # ---- what may be seen ----
+
+    def begin_read(self) -> int:
+        """A read begins; give the answer to ``end_read`` and ``check_read``."""
+        self.now += 1
+        self.reading.append(self.now)
+        return self.now
+
+    def end_read(self, began: int) -> None:
+        """The read is over."""
+        self.reading.remove(began)
 
     def check_read(self, offset: int, data: bytes, began: int) -> None:
         """A read that began at time ``began`` has brought whole cells."""
@@ -167,7 +180,8 @@ class Model:
         beyond = len(self.cells) * cell
         if any(data[beyond:]):
             at = next(i for i in range(beyond, len(data)) if data[i])
-            raise Violation(f"after the cut: new space is not zero at {at}: {show(data[at : at + 16])}")
+            found = show(data[at : at + 16])
+            raise Violation(f"after the cut: new space is not zero at {at}: {found}")
 
     def survivor(self, data: bytes) -> Model:
         """The model of a disk found after a power cut."""
@@ -180,12 +194,12 @@ class Model:
         was found need not be durable before the next flush.
         """
         self.check_survivor(data)
+        self.reading.clear()
         self.now += 1
         for versions in self.cells:
             for version in versions:
                 version.end = min(version.end, self.now)
-        if len(data) != self.size:
-            self.resized(len(data))
+        self.resized(len(data))
         self.now += 1
         cell = self.cell
         for index, versions in enumerate(self.cells):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Operations on a small disk, and what must hold at every moment of them.
 
-A ``Case`` is one simulated machine with one disk on it (``images.Shape``), the oracle (``Model``) that
-follows what was done, and a sequence of operations: all short ones over a small alphabet
-(``short_sequences``), or a long random one (``random_sequence``). At points that the seed chooses
-the power is cut: a surviving copy of the machine is opened and compared with the oracle, and the
-run goes on as if nothing had happened. Some runs move over to a survivor and go on there, so
-that what one crash leaves behind meets the next.
+A ``Case`` is one simulated machine with one disk on it (``images.Shape``), the oracle (``Model``)
+that follows what was done, and a sequence of operations: a short one over a small alphabet
+(``short_sequences`` are all of them), or a long random one (``random_sequence``). At points that
+the seed chooses the power is cut: a surviving copy of the machine is opened and compared with
+the oracle, and the run goes on as if nothing had happened. Some runs move over to a survivor and go
+on there, so that what one crash leaves behind meets the next.
 
 After every cut: the disk opens; every sector is its last flushed value or a later written one; the
 base is what it was, byte for byte; ``check`` finds no corruption.
@@ -15,13 +15,14 @@ base is what it was, byte for byte; ``check`` finds no corruption.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import product
 from random import Random
 from typing import Any
 
 from mmcow.errors import MmcowError
 from mmcow.image import Image, open_image
-from mmcow.tasks import Completion
+from mmcow.tasks import Completion, Task
 from tests.sim import images
 from tests.sim.host import Machine, SimHost
 from tests.sim.images import Shape, pattern
@@ -33,7 +34,7 @@ STORY = 60  # storage calls shown with a violation
 
 
 class Case:
-    """One run. ``density`` is how likely the power is cut at each point; ``cell`` the oracle's grain."""
+    """One run. ``density``: how likely a cut is at each point; ``cell``: the oracle's grain."""
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class Case:
         self.model = Model.of(content, cell)
         self.base = self._base()
         self.image: Image | None = None
+        self.tasks: list[Task[Any]] = []
         self.tolerant = False  # whether operations may fail: for faults
         self.errors: list[MmcowError] = []
         self._writes = 0
@@ -78,6 +80,8 @@ class Case:
             self.point("closed")
         except Exception as error:
             raise Violation(self.tell(error)) from error
+        finally:
+            self.abandon()
 
     def do(self, op: Op) -> None:
         """Do one operation."""
@@ -86,9 +90,23 @@ class Case:
 
     def open(self) -> None:
         """Open the disk for writing and read it all."""
-        self.image = self.open_on(self.host, write=True)
+        self.image = self.open_writer()
         self.size_known(self.image.size)
         self.observe()
+
+    def open_writer(self) -> Image:
+        """Open the disk for the operations to come, and keep an eye on its tasks."""
+        image = self.open_on(self.host, write=True)
+        spawn = image.reactor.spawn
+
+        def follow(coroutine: Any) -> Task[Any]:
+            task = spawn(coroutine)
+            if not task.done:
+                self.tasks.append(task)
+            return task
+
+        image.reactor.spawn = follow  # type: ignore[method-assign]
+        return image
 
     def open_on(self, host: SimHost, *, write: bool) -> Image:
         """Open the disk on some machine."""
@@ -108,6 +126,21 @@ class Case:
             began = self.model.begin_flush()
             image.close()
             self.model.flushed(began)
+
+    def abandon(self) -> None:
+        """The process that had the image open is gone: nothing is flushed, nothing released."""
+        image, self.image = self.image, None
+        if image is None:
+            return
+        image._closed = True
+        self.host.watch = None
+        # Left to the garbage collector, a coroutine's clean-up could meet metadata freed before it.
+        for task in self.tasks:
+            if not task.done:
+                with suppress(RuntimeError):
+                    task._coroutine.close()
+        image.reactor.ready.clear()
+        self.tasks.clear()
 
     def size_known(self, size: int) -> None:
         """After an opening: which of the possible sizes it is."""
@@ -144,6 +177,43 @@ class Case:
         for wait in started:
             self._finish(wait)
 
+    def do_threads(self, *sequences: tuple[Op, ...]) -> None:
+        """Run several sequences side by side, each one operation after another."""
+        assert self.image is not None
+        tasks = [self.image.reactor.spawn(self._thread(ops)) for ops in sequences]
+        for task in tasks:
+            self.image.reactor.wait(task)
+
+    async def _thread(self, ops: tuple[Op, ...]) -> None:
+        for op in ops:
+            try:
+                request = self._begin(*op)
+                if request is not None:
+                    await request
+            except MmcowError as error:
+                self._failed(error)
+
+    def do_interrupted(self, how: str, after: int, *ops: Op) -> None:
+        """Cut the power ("power_cut") or kill the process ("kill") in the middle of something: at
+        the point number ``after``. Go on with what is left."""
+        host, left, found = self.host, after, None
+
+        def strike(_: str) -> None:
+            nonlocal left, found
+            left -= 1
+            if left <= 0:
+                found = found or getattr(host, how)(self.cut_rng)
+                raise Stopped
+
+        host.watch = strike
+        try:
+            for op in ops:
+                self.do(op)
+        except (Stopped, MmcowError):
+            if found is None:
+                raise
+        self._go_on(how, found or getattr(host, how)(self.cut_rng))
+
     def do_look(self) -> None:
         self.observe()
 
@@ -165,22 +235,28 @@ class Case:
 
     def do_crash(self) -> None:
         """Cut the power here and go on with what survived."""
-        host = self.host.power_cut(self.cut_rng)
-        self._move_to(host)
-        image = self.open_on(host, write=True)
-        content = read_all(image)
-        self.model.check_survivor(content)
-        self.model = self.model.survivor(content)
-        self.image = image
+        self._go_on("power_cut", self.host.power_cut(self.cut_rng))
 
     def do_kill(self) -> None:
         """Kill the process here and go on with what the page cache holds."""
-        host = self.host.kill(self.cut_rng)
+        self._go_on("kill", self.host.kill(self.cut_rng))
+
+    def _go_on(self, how: str, host: SimHost) -> None:
         self._move_to(host)
-        self.image = self.open_on(host, write=True)
-        self.model.killed(read_all(self.image))
+        host.watch = None
+        self.image = self.open_writer()
+        content = read_all(self.image)
+        if how == "power_cut":
+            self.model.check_survivor(content)
+            self.model = self.model.survivor(content)
+        else:
+            if len(self.model.sizes) > 1:
+                self.image.flush()  # else a later cut could still bring the other size back
+            self.model.killed(content)
+        self._watch()
 
     def _move_to(self, host: SimHost) -> None:
+        self.abandon()
         self.host.watch = None
         host.log.extend(self.host.log)
         self.host = host
@@ -189,20 +265,16 @@ class Case:
     def _alone(self, *op: Any) -> None:
         self._finish(self._start(*op))
 
-    def _start(self, name: str, *arguments: Any) -> Callable[[], None]:
+    def _start(self, *op: Any) -> Callable[[], None]:
         """Start one request; returns what waits for it."""
         assert self.image is not None
-        if arguments:  # a crash or a resize may have left a smaller disk than was planned for
-            offset, length = arguments
-            length = min(length, self.model.size - offset)
-            if length <= 0:
-                return lambda: None
-            arguments = offset, length
         try:
-            request = getattr(self, f"_start_{name}")(*arguments)
+            request = self._begin(*op)
         except MmcowError as error:
             failed = error
             return lambda: self._failed(failed)
+        if request is None:
+            return lambda: None
         image = self.image
         return lambda: image.reactor.wait(request)
 
@@ -211,6 +283,18 @@ class Case:
             wait()
         except MmcowError as error:
             self._failed(error)
+
+    def _begin(self, name: str, *arguments: int) -> Completion[Any] | None:
+        """Start one request and tell the oracle. None if nothing of it lies inside the disk: a
+        crash or a resize may have left a smaller one than was planned for."""
+        if arguments:
+            offset, length = arguments
+            length = min(length, self.model.size - offset)
+            if length <= 0:
+                return None
+            arguments = offset, length
+        request: Completion[Any] = getattr(self, f"_start_{name}")(*arguments)
+        return request
 
     def _failed(self, error: MmcowError) -> None:
         if not self.tolerant:
@@ -247,11 +331,11 @@ class Case:
         end = -(-(offset + length) // self.model.cell) * self.model.cell
         into = bytearray(end - first)
         model = self.model
-        model.now += 1
-        began = model.now
+        began = model.begin_read()
         request = _completion(self.image, self.image.engine.read(first, memoryview(into)))
 
         def compare(done: Completion[Any]) -> None:
+            model.end_read(began)
             if done.error is None:
                 model.check_read(first, bytes(into), began)
 
@@ -296,12 +380,15 @@ class Case:
         try:
             content = self.examine(survivor, write=self.cut_rng.random() < 0.3)
             if self.cut_rng.random() < 0.05:
-                # Nothing was changed since: a second cut must find the same.
-                again = self.examine(survivor.power_cut(self.cut_rng), write=False)
-                if again != content:
-                    raise Violation("a second power cut, with nothing written, found other bytes")
+                self._same_again(survivor, content)
         except Exception as error:
             raise CutFailed(f"power cut {self.cuts}: {type(error).__name__}: {error}") from error
+
+    def _same_again(self, host: SimHost, content: bytes) -> None:
+        """Nothing was changed since: a second cut must find the same."""
+        again = self.examine(host.power_cut(self.cut_rng), write=False)
+        if again != content:
+            raise Violation("a second power cut, with nothing written, found other bytes")
 
     def examine(self, host: SimHost, *, write: bool) -> bytes:
         """Open what survived and compare it with the oracle; returns the disk's content."""
@@ -323,18 +410,20 @@ class Case:
 
     def tell(self, error: Exception) -> str:
         """Everything a reader needs to understand and repeat a violation."""
-        machine = self.machine
         lines = [
             f"{type(error).__name__}: {error}",
             f"disk: {self.shape}",
-            f"machine: direct I/O alignment {machine.direct_align}, punch {machine.can_punch}, "
-            f"zero range {machine.can_zero}, msync {machine.mapped}, cache={self.cache}",
+            f"machine: {self.machine}, cache={self.cache}",
             f"seed {self.seed}; operations: {'; '.join(self.done)}",
             *(f"fault: {fault}" for fault in self.host.faults),
             f"the last {STORY} storage calls, oldest first:",
             *(f"  {line}" for line in self.host.story()[-STORY:]),
         ]
         return "\n".join(lines)
+
+
+class Stopped(BaseException):
+    """The process ends here. No ``Exception``: nothing on the way may live on."""
 
 
 class CutFailed(AssertionError):
@@ -376,6 +465,12 @@ def show(op: Op) -> str:
     name, *arguments = op
     if name == "together":
         return "(" + " with ".join(show(inner) for inner in arguments) + ")"
+    if name == "threads":
+        threads = ("; ".join(show(inner) for inner in thread) for thread in arguments)
+        return "(" + " | ".join(threads) + ")"
+    if name == "interrupted":
+        how, after, *ops = arguments
+        return f"{how} at point {after} of [{'; '.join(show(inner) for inner in ops)}]"
     return " ".join([name, *("+".join(str(a) for a in arguments).split())])
 
 
@@ -415,29 +510,50 @@ def random_sequence(rng: Random, shape: Shape, count: int, grain: int = SECTOR) 
     """A long story. Requests are multiples of ``grain``; below a sector nothing runs together."""
     ops: list[Op] = []
     size = shape.size
-    resizable = shape.format != "cow" and not shape.device
-    for _ in range(count):
+    while len(ops) < count:
         roll = rng.random()
-        if roll < 0.5:
+        if roll < 0.35:
             ops.append(_request(rng, shape, size, grain))
-        elif roll < 0.7 and grain == SECTOR:
-            many = [_request(rng, shape, size, grain) for _ in range(rng.randint(2, 5))]
-            many += [("flush",)] * (rng.random() < 0.5)
-            rng.shuffle(many)
-            ops.append(("together", *many))
-        elif roll < 0.84:
+        elif roll < 0.65 and grain == SECTOR:
+            ops.append(_side_by_side(rng, shape, size))
+        elif roll < 0.8:
             ops.append(("flush",))
-        elif roll < 0.88 and resizable:
-            change = rng.randint(1, 2 * shape.cluster // SECTOR) * SECTOR
-            size = min(max(size + rng.choice((-change, change)), SECTOR), 2 * shape.size)
+        elif roll < 0.84:
+            size = _other_size(rng, shape, size)
             ops.append(("resize", size))
+        elif roll < 0.88:
+            ops.append(rng.choice((("reopen",), ("look",))))
         elif roll < 0.92:
-            ops.append(("reopen",))
-        elif roll < 0.95:
-            ops.append(("look",))
-        else:
             ops.append((rng.choice(("crash", "kill")),))
+        elif grain == SECTOR:
+            ops.append(_interrupted(rng, shape, size))
     return ops
+
+
+def _side_by_side(rng: Random, shape: Shape, size: int) -> Op:
+    def some(most: int) -> list[Op]:
+        found = [_request(rng, shape, size, SECTOR) for _ in range(rng.randint(1, most))]
+        found += [("flush",)] * (rng.random() < 0.6)
+        rng.shuffle(found)
+        return found
+
+    if rng.random() < 0.5:
+        return ("together", *some(4))
+    return ("threads", *(tuple(some(3)) for _ in range(rng.randint(2, 3))))
+
+
+def _interrupted(rng: Random, shape: Shape, size: int) -> Op:
+    how = rng.choice(("power_cut", "kill"))
+    if rng.random() < 0.3:
+        what: list[Op] = [("resize", _other_size(rng, shape, size))]
+    else:
+        what = [_side_by_side(rng, shape, size), ("flush",)]
+    return ("interrupted", how, rng.randint(1, 12), *what)
+
+
+def _other_size(rng: Random, shape: Shape, size: int) -> int:
+    change = rng.randint(1, 2 * shape.cluster // SECTOR) * SECTOR
+    return min(max(size + rng.choice((-change, change)), SECTOR), 2 * shape.size)
 
 
 def _request(rng: Random, shape: Shape, size: int, grain: int) -> Op:

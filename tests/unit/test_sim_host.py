@@ -68,7 +68,7 @@ def test_write_in_flight_may_be_torn() -> None:
 
 
 def test_write_completed_during_a_sync_may_stay_behind() -> None:
-    """This test finds the write that completes between a sync's start and end both lost and kept."""
+    """This test finds a write that completes between a sync's start and end lost, and kept."""
     kept = set()
     for seed in range(60):
         host = SimHost(seed)
@@ -97,7 +97,9 @@ def test_completions_come_in_any_order() -> None:
         queue = host.queue()
         order: list[str] = []
         for name, data in (("a", A), ("b", B), ("c", C)):
-            queue.write(handle, 0, (data,)).on_done(lambda _, name=name: order.append(name))
+            queue.write(handle, 0, (data,)).on_done(
+                lambda _, name=name, order=order: order.append(name)
+            )
         turn_all(queue)
         orders.add("".join(order))
         assert host.content("/d/f")[:1].lower().decode() == order[-1]
@@ -168,7 +170,7 @@ def test_rename_happens_for_both_names_or_not_at_all() -> None:
 
 
 def test_failed_sync_loses_what_readers_still_see() -> None:
-    """This test finds versions lost by a failed sync that the next, successful one does not save."""
+    """This test finds versions lost by a failed sync that the next, good one does not save."""
     outcomes = set()
     for seed in range(40):
         host = SimHost(seed)
