@@ -130,19 +130,21 @@ def find_backing(
 ) -> tuple[str, str]:
     """Path and format of the base that image ``path``, itself a ``format_``, records.
 
-    Asks the policy. ``override`` is the base's format where the image cannot record it; without
-    it the base must have no known magic.
+    Asks the policy. Where the image cannot record it, a base without a known magic is raw, and
+    ``override`` is the format of one with a magic: a chain may need it for one of its layers only.
     """
     name, recorded = backing
     resolved = opener.permitted(path, "backing file", name)
-    if recorded is not None or override is not None:
-        return resolved, recorded or override or ""
+    if recorded is not None:
+        return resolved, recorded
     try:
         found = probe_file(opener.host, resolved)
     except StorageError as error:
         raise ChainError(path, "backing file", name, f"{error.what}: {error.strerror}") from error
     if found == "raw":
         return resolved, found
+    if override is not None:
+        return resolved, override
     raise ChainError(
         path,
         "backing file",
