@@ -16,26 +16,38 @@ from __future__ import annotations
 import asyncio
 import os
 from functools import partial
+from operator import index
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from mmcow import image as sync
-from mmcow.errors import ClosedError, ForkedError, UsageError
+from mmcow.errors import ClosedError, ForkedError, Interrupted
 from mmcow.native import aligned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
+    from mmcow.engine.engine import Engine
     from mmcow.storage.host import Buffer
-    from mmcow.tasks import Completion
+    from mmcow.tasks import Completion, Reactor
 
 T = TypeVar("T")
 
 
 async def open(path: str | os.PathLike[str], **options: Any) -> Image:
     """Open an image; the arguments are those of ``mmcow.open``."""
-    opened = await asyncio.to_thread(partial(sync.open_image, path, **options))
-    return Image(opened)
+    work = asyncio.ensure_future(asyncio.to_thread(sync.open_image, path, **options))
+    try:
+        return Image(await asyncio.shield(work))
+    except asyncio.CancelledError:
+        work.add_done_callback(_close_unwanted)
+        raise
+
+
+def _close_unwanted(work: asyncio.Future[sync.Image]) -> None:
+    """Nobody waits for this image any more: it must not keep its files and locks."""
+    if not work.cancelled() and work.exception() is None:
+        work.result().close()
 
 
 class Image:
@@ -47,9 +59,27 @@ class Image:
         self._image = opened
         self._loop = asyncio.get_running_loop()
         self._queue = opened._opener.queue
+        self._engine = opened.engine
+        self._reactor = opened.reactor
+        self._waiting: set[asyncio.Future[Any]] = set()
         self._poll_due = False
         self._closing = False
-        self._loop.add_reader(self._queue.fileno(), opened.reactor.poll)
+        self._loop.add_reader(self._queue.fileno(), self._poll)
+
+    @property
+    def engine(self) -> Engine:
+        """The request algorithms, for servers and jobs: begin requests under ``reactor.lock``."""
+        return self._image.engine
+
+    @property
+    def reactor(self) -> Reactor:
+        """Runs the requests; ``poll`` hands what was begun to the kernel."""
+        return self._image.reactor
+
+    @property
+    def writable(self) -> bool:
+        """Whether it was opened for writing."""
+        return self._image.writable
 
     @property
     def size(self) -> int:
@@ -68,52 +98,45 @@ class Image:
 
     async def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset``."""
+        offset, length = index(offset), index(length)
         self._check()
-        if length < 0:
-            raise UsageError(f"{self.path}: length {length} is negative")
-        self._image.engine.check_range(offset, length)
+        self._engine.check_range(offset, length)
         buffer = aligned(length)
-        await self._start(lambda: self._image.engine.read(offset, buffer))
+        await self._start(lambda: self._engine.read(offset, buffer))
         return bytes(buffer)
 
     async def readinto(self, offset: int, buffer: bytearray | memoryview) -> int:
         """Fill ``buffer`` from ``offset``. Cancelled, it may still be written to for a while."""
-        self._check()
-        view = sync.flat(buffer)
-        if view.readonly:
-            raise UsageError(f"{self.path}: the buffer is read-only")
-        await self._start(lambda: self._image.engine.read(offset, view))
+        offset = index(offset)
+        view = sync.writable(self.path, buffer)
+        await self._start(lambda: self._engine.read(offset, view))
         return len(view)
 
     async def write(self, offset: int, data: Buffer) -> int:
         """Write all of ``data``, which must not change until then."""
-        self._check()
+        offset = index(offset)
         view = sync.flat(data)
-        await self._start(lambda: self._image.engine.write(offset, view))
+        await self._start(lambda: self._engine.write(offset, view))
         return len(view)
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         """Make a range read as zeros."""
-        self._check()
-        await self._start(lambda: self._image.engine.write_zeroes(offset, length, may_unmap))
+        offset, length = index(offset), index(length)
+        await self._start(lambda: self._engine.write_zeroes(offset, length, may_unmap))
 
     async def discard(self, offset: int, length: int) -> None:
         """Tell that a range's content is no longer needed."""
-        self._check()
-        await self._start(lambda: self._image.engine.discard(offset, length))
+        offset, length = index(offset), index(length)
+        await self._start(lambda: self._engine.discard(offset, length))
 
     async def flush(self) -> None:
         """Make every change durable that was acknowledged before this call."""
-        self._check()
-        reactor = self._image.reactor
-        await self._start(lambda: reactor.spawn(self._image.engine.flush()))
+        await self._start(lambda: self._reactor.spawn(self._engine.flush()))
 
     async def resize(self, size: int, *, shrink: bool = False) -> None:
         """Change the disk's size, durably."""
-        self._check()
-        sync.check_size(self.path, size)
-        reactor = self._image.reactor
-        await self._start(lambda: reactor.spawn(self._image.engine.resize(size, shrink=shrink)))
+        size = sync.check_size(self.path, size)
+        await self._start(lambda: self._reactor.spawn(self._engine.resize(size, shrink=shrink)))
 
     def block_status(
         self, offset: int = 0, length: int | None = None, *, layer: int | None = None
@@ -126,10 +149,11 @@ class Image:
         """Wait for requests in flight, flush, release files and locks."""
         if self._closing:
             return
+        self._check_process()
         self._closing = True
-        reactor = self._image.reactor
         try:
-            await self._start(lambda: reactor.spawn(self._image.engine.close()))
+            if self._reactor.interrupted is None:
+                await self._begin(lambda: self._reactor.spawn(self._engine.close()))
         finally:
             self._loop.remove_reader(self._queue.fileno())
             await asyncio.to_thread(self._image._release)
@@ -148,23 +172,41 @@ class Image:
     def _check(self) -> None:
         if self._closing:
             raise ClosedError(self.path)
+        self._check_process()
+
+    def _check_process(self) -> None:
         if self._image._pid != os.getpid():
             raise ForkedError(self.path)
 
-    def _start(self, begin: Any) -> asyncio.Future[Any]:
+    def _start(self, begin: Callable[[], Completion[Any]]) -> asyncio.Future[Any]:
+        self._check()
+        return self._begin(begin)
+
+    def _begin(self, begin: Callable[[], Completion[Any]]) -> asyncio.Future[Any]:
         """Begin a request under the lock; a future for its completion."""
         future: asyncio.Future[Any] = self._loop.create_future()
-        with self._image.reactor.lock:
-            completion: Completion[Any] = begin()
+        with self._reactor.lock:
+            self._reactor.check()
+            completion = begin()
             completion.on_done(partial(_finish, future))
-        if not self._poll_due and not completion.done:
-            self._poll_due = True
-            self._loop.call_soon(self._poll)
+        if not completion.done:
+            self._waiting.add(future)
+            future.add_done_callback(self._waiting.discard)
+            if not self._poll_due:
+                self._poll_due = True
+                self._loop.call_soon(self._poll)
         return future
 
     def _poll(self) -> None:
         self._poll_due = False
-        self._image.reactor.poll()
+        try:
+            self._reactor.poll()
+        except BaseException as error:
+            # A result may have been lost on its way: nobody may wait for it.
+            for future in tuple(self._waiting):
+                if not future.done():
+                    future.set_exception(Interrupted(error))
+            raise
 
 
 def _finish(future: asyncio.Future[Any], completion: Completion[Any]) -> None:

@@ -13,6 +13,7 @@ import io
 import os
 import warnings as python_warnings
 from itertools import islice
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from mmcow.chain import ChainOptions, Layer, close_layers, open_chain, probe_file
@@ -30,11 +31,12 @@ from mmcow.storage.names import exists
 from mmcow.tasks import Reactor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
     from mmcow.engine.lookup import Segment
     from mmcow.storage.host import Buffer, Host, Identity
+    from mmcow.tasks import Completion
 
 # Largest disk: offsets are signed 64-bit in every interface below.
 SIZE_MOST = (1 << 63) - SECTOR
@@ -109,6 +111,11 @@ class Image:
         return self.engine.size
 
     @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closed
+
+    @property
     def writable(self) -> bool:
         """Whether it was opened for writing."""
         return self.engine.writable
@@ -141,12 +148,11 @@ class Image:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes from ``offset``."""
+        offset, length = index(offset), index(length)
         self._check()
-        if length < 0:
-            raise UsageError(f"{self.path}: length {length} is negative")
         self.engine.check_range(offset, length)  # before a buffer of that size is made
         buffer = aligned(length)
-        self._read(offset, buffer)
+        self._perform(lambda: self.engine.read(offset, buffer))
         return bytes(buffer)
 
     def readinto(self, offset: int, buffer: bytearray | memoryview) -> int:
@@ -154,51 +160,47 @@ class Image:
 
         Nothing is copied where the buffer is aligned as direct I/O demands.
         """
-        self._check()
-        view = flat(buffer)
-        if view.readonly:
-            raise UsageError(f"{self.path}: the buffer is read-only")
-        self._read(offset, view)
+        offset = index(offset)
+        view = writable(self.path, buffer)
+        self._perform(lambda: self.engine.read(offset, view))
         return len(view)
-
-    def _read(self, offset: int, view: memoryview) -> None:
-        with self.reactor.lock:
-            self.reactor.wait(self.engine.read(offset, view))
 
     def write(self, offset: int, data: Buffer) -> int:
         """Write all of ``data`` at ``offset``; returns its length."""
-        self._check()
+        offset = index(offset)
         view = flat(data)
-        with self.reactor.lock:
-            self.reactor.wait(self.engine.write(offset, view))
+        self._perform(lambda: self.engine.write(offset, view))
         return len(view)
 
     def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         """Make a range read as zeros. ``may_unmap`` False keeps its space reserved."""
-        self._check()
-        with self.reactor.lock:
-            self.reactor.wait(self.engine.write_zeroes(offset, length, may_unmap))
+        offset, length = index(offset), index(length)
+        self._perform(lambda: self.engine.write_zeroes(offset, length, may_unmap))
 
     def discard(self, offset: int, length: int) -> None:
         """Tell that a range's content is no longer needed. A hint: afterwards each block of it
         reads as zeros or as before; never does older content of a base show."""
-        self._check()
-        with self.reactor.lock:
-            self.reactor.wait(self.engine.discard(offset, length))
+        offset, length = index(offset), index(length)
+        self._perform(lambda: self.engine.discard(offset, length))
 
     def flush(self) -> None:
         """Make every change durable that returned before this call."""
-        self._check()
-        self.reactor.run(self.engine.flush())
+        self._perform(lambda: self.reactor.spawn(self.engine.flush()))
 
     def resize(self, size: int, *, shrink: bool = False) -> None:
         """Change the disk's size, durably; rounded up to 512 bytes. New bytes read as zeros.
 
         ``shrink`` must be True where the end is to be cut off.
         """
-        self._check()
-        check_size(self.path, size)
-        self.reactor.run(self.engine.resize(size, shrink=shrink))
+        size = check_size(self.path, size)
+        self._perform(lambda: self.reactor.spawn(self.engine.resize(size, shrink=shrink)))
+
+    def _perform(self, begin: Callable[[], Completion[Any]]) -> None:
+        """Begin a request and wait for it; the image cannot be closed in between."""
+        self._check_process()  # before the lock, which a thread may have held at the fork
+        with self.reactor.lock:
+            self._check()
+            self.reactor.perform(begin)
 
     def block_status(
         self, offset: int = 0, length: int | None = None, *, layer: int | None = None
@@ -209,7 +211,8 @@ class Image:
         what the layer does not have). Extents are those of the moment they are asked for.
         """
         self._check()
-        length = self.size - offset if length is None else length
+        offset = index(offset)
+        length = self.size - offset if length is None else index(length)
         self.engine.check_range(offset, length)
         if layer is not None and not 0 <= layer < len(self.layers):
             raise UsageError(f"{self.path}: layer {layer} of {len(self.layers)}")
@@ -261,10 +264,11 @@ class Image:
 
         Everything is released even when the flush fails; its error is raised then.
         """
-        if self._closed:
-            return
         self._check_process()
-        self._closed = True
+        with self.reactor.lock:
+            if self._closed:
+                return
+            self._closed = True
         try:
             if self.reactor.interrupted is None:
                 self.reactor.run(self.engine.close())
@@ -274,6 +278,7 @@ class Image:
     def _release(self) -> None:
         """Give everything back; no request may be wanted any more."""
         self._closed = True
+        self.reactor.quiesce()
         try:
             self._opener.queue.close()  # waits for what the kernel still holds
         finally:
@@ -300,6 +305,7 @@ class Image:
         if getattr(self, "_closed", True) or self._pid != os.getpid():
             return
         python_warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+        self._release()  # as a dropped file would be: its descriptors and locks, no flush
 
     def _check(self) -> None:
         if self._closed:
@@ -319,42 +325,59 @@ class _DiskFile(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
+        self._check_open()
         return True
 
     def writable(self) -> bool:
+        self._check_open()
         return self._image.writable
 
     def seekable(self) -> bool:
+        self._check_open()
         return True
 
     def tell(self) -> int:
+        self._check_open()
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._check_open()
         bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._image.size}
         if whence not in bases:
             raise ValueError(f"whence {whence} is not one of 0, 1, 2")
-        position = bases[whence] + offset
+        position = bases[whence] + index(offset)
         if position < 0:
             raise ValueError(f"negative position {position}")
         self._position = position
         return position
 
     def readinto(self, buffer: Any) -> int:
+        self._check_open()
         view = flat(buffer)
-        length = max(min(len(view), self._image.size - self._position), 0)
+        length = min(len(view), self._image.size - self._position)
+        if length <= 0:  # at the end, or behind it
+            return 0
         self._image.readinto(self._position, view[:length])
         self._position += length
         return length
 
     def write(self, data: Any) -> int:
+        self._check_open()
+        if not self._image.writable:
+            raise io.UnsupportedOperation("the image is open read-only")
         written = self._image.write(self._position, flat(data))
         self._position += written
         return written
 
     def flush(self) -> None:
-        if not self.closed and self._image.writable:
+        self._check_open()
+        # Nothing is kept here, and an image that was closed has flushed itself.
+        if self._image.writable and not self._image.closed:
             self._image.flush()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
 
 
 def flat(buffer: Any) -> memoryview:
@@ -363,8 +386,17 @@ def flat(buffer: Any) -> memoryview:
     return view if view.format == "B" and view.ndim == 1 and view.contiguous else view.cast("B")
 
 
+def writable(path: str, buffer: Any) -> memoryview:
+    """``buffer`` as bytes that can be written to; UsageError where it is read-only."""
+    view = flat(buffer)
+    if view.readonly:
+        raise UsageError(f"{path}: the buffer is read-only")
+    return view
+
+
 def check_size(path: str, size: int) -> int:
     """``size`` rounded up to 512; UsageError outside 0 to 2^63-512."""
+    size = index(size)
     if not 0 <= size <= SIZE_MOST:
         raise UsageError(f"{path}: size {size} is not between 0 and {SIZE_MOST}")
     return align_up(size, SECTOR)
@@ -483,8 +515,9 @@ def create_image(
     ``size`` in bytes, rounded up to 512; without it the base's size (or the adopted data file's).
     ``backing`` is recorded as given and looked up relative to the new image's directory;
     ``backing_format`` is probed if not given. ``options``: the format's ``-o`` options as strings.
-    ``check_backing`` False does not open the base (``size`` and ``backing_format`` are then
-    needed). An existing image of that name is replaced, unless somebody has it open.
+    ``check_backing`` False does not open the base (``backing_format`` is then needed, and
+    ``size`` unless a data file is adopted). An existing image of that name is replaced, unless
+    somebody has it open.
     """
     name = os.fspath(path)
     target = registry.get(format)
@@ -503,8 +536,6 @@ def create_image(
         if backing is not None:
             base = _examine_base(opener, name, os.fspath(backing), backing_format, check_backing)
             _refuse_own_base(opener, name, base)
-        if size is None and base is not None and base.size is None:
-            raise UsageError(f"{name}: the size must be given where the base is not opened")
         request = CreateRequest(
             size=size,
             backing=None if backing is None else os.fspath(backing),

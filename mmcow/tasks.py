@@ -305,14 +305,15 @@ class Reactor:
         """Wait in the queue without the lock. RLock: leave it entirely, whatever the depth, as
         Condition.wait does."""
         saved: list[Any] = []
+        release = self.lock._release_save  # type: ignore[attr-defined]  # noqa: SLF001
         try:
             # One call in C: no KeyboardInterrupt gets between giving the lock up and knowing how
             # deep it was held.
-            saved.extend(starmap(self.lock._release_save, _ONE_CALL))  # type: ignore[attr-defined]
+            saved.extend(starmap(release, _ONE_CALL))
             return self.queue.turn(True)
         finally:
             if saved:
-                self.lock._acquire_restore(saved[0])  # type: ignore[attr-defined]
+                self.lock._acquire_restore(saved[0])  # type: ignore[attr-defined]  # noqa: SLF001
 
     def _drain(self) -> None:
         ready = self.ready

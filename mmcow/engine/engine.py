@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING
 from mmcow.engine.flush import Flusher
 from mmcow.engine.gate import Claims, Gate
 from mmcow.engine.lookup import Lookup, Segment
-from mmcow.errors import LayerFailed, ReadOnlyError, SyncFailed, UsageError
+from mmcow.errors import ReadOnlyError, SyncFailed, UsageError
 from mmcow.formats.driver import Driver, Extent, Kind, Reservation
 from mmcow.native import aligned, is_zero
 from mmcow.ranges import align_down, align_up
 from mmcow.storage.window import settle
+from mmcow.tasks import completed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -75,6 +76,8 @@ class Engine:
     def read(self, offset: int, into: memoryview) -> Completion[int]:
         """Fill ``into`` from the disk. Starts at once; completes with a number to be ignored."""
         self.check_range(offset, len(into))
+        if not len(into):
+            return completed(0)
         if not self.gate.closed and len(into) <= READ_PIECE:
             segments = self.lookup.resolve(offset, len(into))
             if len(segments) == 1 and segments[0].kind is Kind.DATA:
@@ -89,7 +92,9 @@ class Engine:
         completion.on_done(self._leave)
         return completion
 
-    def _leave(self, _: Completion[int]) -> None:
+    def _leave(self, completion: Completion[int]) -> None:
+        if isinstance(completion.error, SyncFailed):
+            self.flusher.fail(completion.error)
         self.gate.leave()
 
     async def _read(self, offset: int, into: memoryview) -> int:
@@ -157,21 +162,35 @@ class Engine:
         await self.gate.enter()
         try:
             await work
+            if self.top.data.cache.write_through:
+                await self.flusher.flush()
+        except SyncFailed as error:  # also of the odd end of a file, which is synced at once
+            self.flusher.fail(error)
+            raise
         finally:
             self.gate.leave()
-        if self.top.data.cache.write_through:
-            await self.flusher.flush()
         return length
 
     async def _write_pieces(self, offset: int, data: memoryview) -> None:
         self.flusher.check()
-        if offset < 512 and self.first_sector_guard is not None and len(data):
-            await self._guard_first_sector(offset, data)
         while len(data):
             stop = align_down(offset + PIECE, self.top.info.cluster_size)
             length = min(len(data), stop - offset)
-            await self._write_piece(offset, data[:length])
+            if offset < 512 and self.first_sector_guard is not None:
+                await self._write_guarded(offset, data[:length])
+            else:
+                await self._write_piece(offset, data[:length])
             offset, data = offset + length, data[length:]
+
+    async def _write_guarded(self, offset: int, data: memoryview) -> None:
+        """Look at the first sector and write it, alone: two halves of a magic, each harmless, must
+        not meet. A raw disk claims nothing else: nothing is allocated there."""
+        claim = await self._claims.take(0, 512)
+        try:
+            await self._guard_first_sector(offset, data)
+            await self._write_piece(offset, data)
+        finally:
+            self._claims.drop(claim)
 
     async def _guard_first_sector(self, offset: int, data: memoryview) -> None:
         """A disk taken for raw only because it had no magic must not be given one by its guest:
@@ -235,12 +254,27 @@ class Engine:
         stop = min(stop, self.size)  # nothing is needed behind the disk's end
         head_length = offset - start if extents[0].kind is not Kind.DATA else 0
         tail_length = max(stop - end, 0) if extents[-1].kind is not Kind.DATA else 0
+        if head_length or tail_length:
+            self._require_base()
         head, tail = aligned(head_length), aligned(tail_length)
         if head_length:
             await self._read_from(0, start, head)
         if tail_length:
             await self._read_from(0, end, tail)
         return head, tail
+
+    @property
+    def _lacks_base(self) -> bool:
+        return self.top.info.has_backing and len(self.layers) == 1
+
+    def _require_base(self) -> None:
+        """Refuse to fill the rest of a cluster from a base that was left out: zeros would hide it
+        for good."""
+        if self._lacks_base:
+            raise UsageError(
+                f"{self.name}: changing a part of a cluster of {self._cluster} bytes needs the "
+                "backing file, which was left out at opening"
+            )
 
     async def _write_reserved(
         self, reservation: Reservation, offset: int, buffers: tuple[memoryview, ...]
@@ -263,7 +297,7 @@ class Engine:
 
     async def _flush_quietly(self) -> None:
         try:
-            await self.flusher.flush()
+            await self.flush()
         except Exception:  # noqa: BLE001 - kept by the flusher, or comes again at the next flush
             pass
 
@@ -276,7 +310,18 @@ class Engine:
         return self.reactor.spawn(self._change(work, length))
 
     async def _zero_pieces(self, offset: int, end: int, may_unmap: bool) -> None:
-        await self._in_claims(offset, end, partial(self._zero_extent, may_unmap=may_unmap))
+        zero = partial(self._zero_extent, may_unmap=may_unmap)
+        if offset < min(end, 512) and self.first_sector_guard is not None:
+            # Zeros complete a magic as well as letters do ("QED" and a NUL).
+            claim = await self._claims.take(0, 512)
+            try:
+                await self._guard_first_sector(offset, memoryview(bytes(min(end, 512) - offset)))
+                for extent in self.top.map(offset, min(end, 512) - offset):
+                    await zero(extent)
+            finally:
+                self._claims.drop(claim)
+            offset = min(end, 512)
+        await self._in_claims(offset, end, zero)
         self._bound_staged()
 
     async def _in_claims(
@@ -321,6 +366,8 @@ class Engine:
         await self._zero_partial(min(last, end), end)
 
     def _reads_zero_below(self, offset: int, length: int) -> bool:
+        if self._lacks_base:
+            return False
         segments = self.lookup.resolve(offset, length)
         return all(segment.kind in (Kind.BELOW, Kind.ZERO) for segment in segments)
 
@@ -331,6 +378,8 @@ class Engine:
             stop = min(end, align_up(start + 1, cluster))
             first = align_down(start, cluster)
             content = aligned(min(first + cluster, self.size) - first)
+            if stop - start < len(content):
+                self._require_base()
             await self._read_from(0, first, content)
             _fill_zeros(content[start - first : stop - first])
             reservation = self.top.reserve(first, cluster)
@@ -357,6 +406,10 @@ class Engine:
             raise
         self.top.publish(reservation)
 
+    def zeroes_fast(self, may_unmap: bool) -> bool:
+        """Whether ``write_zeroes`` costs less than writing zeros, as far as is known."""
+        return (self.top.info.can_zero and may_unmap) or self.top.data.zeroes_fast(may_unmap)
+
     def discard(self, offset: int, length: int) -> Completion[int]:
         """Give space back where this layer has the range; what lies below stays hidden.
 
@@ -382,8 +435,14 @@ class Engine:
 
     async def flush(self) -> None:
         """Make every change durable that was acknowledged before this call."""
-        if self.writable:
+        if not self.writable:
+            return
+        # Not beside a resize: its steps are durable in an order that a flush would break.
+        await self.gate.enter()
+        try:
             await self.flusher.flush()
+        finally:
+            self.gate.leave()
 
     async def copy_up(self, offset: int, length: int) -> int:
         """Bring a range of whole clusters into the top layer from below; returns the bytes moved.
@@ -398,6 +457,7 @@ class Engine:
             self.gate.leave()
 
     async def _copy_up(self, offset: int, end: int) -> int:
+        self._require_base()
         cluster = self.top.info.cluster_size
         moved = 0
         claim = await self._claims.take(offset, align_up(end, cluster))
@@ -544,8 +604,7 @@ class Engine:
     def _check_writable(self, what: str) -> None:
         if not self.writable:
             raise ReadOnlyError(self.name, what)
-        if self.reactor.interrupted is not None:
-            raise LayerFailed(self.name, self.reactor.interrupted)
+        self.reactor.check()
         self.flusher.check()
 
     def _check_change(self, what: str, offset: int, length: int) -> None:

@@ -103,6 +103,7 @@ class File:
         self._buffered: Handle | None = None if handle.direct else handle
         self._can_punch = True
         self._can_zero_range = True
+        self._sync_failure: SyncFailed | None = None
         self.unsynced = True  # a crash before this opening may have left unsynced writes
 
     @classmethod
@@ -250,7 +251,11 @@ class File:
         try:
             handle = self._tail_handle()
             await self._queue.write(handle, offset, (data,))
-            await self._queue.datasync(handle)
+            try:
+                await self._queue.datasync(handle)
+            except SyncFailed as error:
+                self._sync_failure = error  # another sync would succeed, and lie
+                raise
             handle.drop_cache()
             self.size = max(self.size, offset + len(data))
         finally:
@@ -273,6 +278,10 @@ class File:
                 await self._write_zeros(first, last)
             offset = last
         await self._write_zeros(offset, end)
+
+    def zeroes_fast(self, may_punch: bool) -> bool:
+        """Whether zeroing needs no writing of zeros: True until the file system has refused."""
+        return (may_punch and self._can_punch) or self._can_zero_range
 
     async def discard(self, offset: int, length: int) -> None:
         """Give the space of whole blocks inside the range back; they read as zeros afterwards.
@@ -323,6 +332,10 @@ class File:
     def sync(self) -> Completion[int]:
         """Make everything written so far durable. Raises SyncFailed, after which the state of
         what was not durable before is unknown."""
+        if self._sync_failure is not None:
+            failed: Completion[int] = Completion()
+            failed.fail(self._sync_failure)
+            return failed
         if not self.unsynced or self.cache is Cache.UNSAFE:
             return completed(0)
         # A write still in flight may land behind this sync: the next one must not be skipped.
