@@ -85,7 +85,6 @@ class AddCowDriver(Driver):
         self.path = handle.path
         self.data = data
         self._handle = handle
-        self._header = header
         self._shift = header.cluster_size.bit_length() - 1
         self._bitmap = header.header_size
         size = align_up(data.size, SECTOR)
@@ -96,20 +95,21 @@ class AddCowDriver(Driver):
             _covered(header, handle, size, access),
             durable=access.cache is not Cache.UNSAFE,
         )
-        self.info = self._describe_layer(size)
+        self._follow(header, size)
 
-    def _describe_layer(self, size: int) -> LayerInfo:
-        header = self._header
-        self._complete = header.all_allocated
-        return LayerInfo(
+    def _follow(self, header: meta.Header, size: int) -> None:
+        """Take header and size for what the image is from now on."""
+        self._header = header
+        complete = self._complete = header.all_allocated
+        self.info = LayerInfo(
             format="add-cow",
             variant=header.variant,
             size=size,
             cluster_size=header.cluster_size,
-            has_backing=bool(header.backing) and not self._complete,
-            can_allocate=not self._complete,
+            has_backing=bool(header.backing) and not complete,
+            can_allocate=not complete,
             can_zero=False,
-            can_unallocate=not self._complete,
+            can_unallocate=not complete,
             can_resize=self.data.handle.kind != "block",
             one_file=False,
         )
@@ -206,10 +206,8 @@ class AddCowDriver(Driver):
                 # Still dirty, but with what the file has: a later flush changes nothing.
                 self.window.store(start, old[start : start + length])
                 raise
-            self._header = meta.parse(
-                self.path, raw[: start + length] + old[start + length :], self.window.size
-            )
-            self.info = self._describe_layer(self.info.size)
+            written = raw[: start + length] + old[start + length :]
+            self._follow(meta.parse(self.path, written, self.window.size), self.info.size)
 
     # ---- size ----
 
@@ -444,7 +442,7 @@ class AddCowFormat(Format):
         backing: tuple[str, str | None] | None = None,
         data_file: tuple[str, str | None] | None = None,
     ) -> None:
-        """Record other names, in one write of the changed part of the header.
+        """Record other names; ``addcow_meta.steps_to`` tells what a power cut leaves.
 
         Removing the base needs every bit set; giving one to an all-allocated image takes the
         flag away, which needs the same. Only the size of a data file is looked at for that.
@@ -453,15 +451,17 @@ class AddCowFormat(Format):
         handle = opener.metadata(path, access)
         try:
             header = read_header(path, handle)
-            raw = _renamed(opener, handle, header, backing, data_file)
-            changed = _changed(header.raw, raw)
-            if changed is None:
-                return
-            meta.parse(path, raw, handle.size())  # what could not be opened is never written
+            target = _renamed(opener, handle, header, backing, data_file)
             handle.sync()  # the bits first, if they were just looked at
-            low, high = align_down(changed[0], UNIT), align_up(changed[1], UNIT)
-            handle.write_at(low, raw[low:high])
-            handle.sync()
+            before = header.raw
+            for raw in meta.steps_to(path, header, target):
+                meta.parse(path, raw, handle.size())  # what would not open is never written
+                changed = _changed(before, raw)
+                if changed is not None:
+                    low, high = align_down(changed[0], UNIT), align_up(changed[1], UNIT)
+                    handle.write_at(low, raw[low:high])
+                    handle.sync()
+                before = raw
         finally:
             handle.close()
 

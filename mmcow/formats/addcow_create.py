@@ -67,7 +67,7 @@ def create(opener: Opener, path: str, request: CreateRequest) -> int:
         else:
             size = _adopt_data(opener, path, data_path, request, held)
         try:
-            _make_image(opener, path, raw, size, ones=request.backing is None)
+            _make_image(opener, path, raw, size, ones=not request.backing)
         except BaseException:
             # The image's name first: it must never name a file that is gone.
             _remove_new(opener, path, old)

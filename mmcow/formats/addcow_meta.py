@@ -478,6 +478,47 @@ def without_backing(header: Header) -> bytes:
     return bytes(raw)
 
 
+def steps_to(path: str, header: Header, target: bytes) -> list[bytes]:
+    """Headers to write one after the other, each durable, that lead from ``header`` to ``target``.
+
+    A power cut tears a write between sectors. So where more than one sector changes, new names
+    are first put where nothing stands, then sector 0 is swung over to them, then the old ones
+    are zeroed; the last header may have its names elsewhere than ``target``. Where there is no
+    room for that, and in v7, whose names have fixed places, it is one step that a cut may tear.
+    """
+    old = header.raw
+    if old[SECTOR:] == target[SECTOR:]:
+        return [target]
+    new = parse(path, target, len(target))
+    if not new.backing and (new.image_span, new.image) == (header.image_span, header.image):
+        return [target[:SECTOR] + old[SECTOR:], target]  # without its pointer a name is a rest
+    if header.variant == "v7":
+        return [target]
+    start = min(span[0] for span in (new.backing_span, new.image_span) if span[0])
+    end = sum(new.image_span)
+    free = max(start, sum(header.backing_span), sum(header.image_span))
+    delta = free - start
+    if end + delta > len(old) or new.image_span[0] + delta > len(old) - 2:
+        return [target]
+    moved = _with_names_moved(new, delta)
+    beside = bytearray(old)
+    beside[free : end + delta] = target[start:end]
+    beside[:SECTOR] = old[:SECTOR]
+    return [bytes(beside), moved[:SECTOR] + bytes(beside[SECTOR:]), moved]
+
+
+def _with_names_moved(header: Header, delta: int) -> bytes:
+    """The header with both names ``delta`` bytes further; not for v7."""
+    structure = HeaderV20 if header.modern else HeaderV10
+    fixed = ctypes.sizeof(structure)
+    raw = bytearray(header.raw[:fixed] + bytes(delta) + header.raw[fixed : len(header.raw) - delta])
+    fields = structure.from_buffer(raw)
+    fields.image_filename_offset += delta
+    if header.backing:
+        fields.backing_filename_offset += delta
+    return bytes(raw)
+
+
 def without_stray(header: Header) -> bytes:
     """The header's bytes with zeros wherever no field and no name stands."""
     raw = bytearray(len(header.raw))

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: MIT
-# ruff: noqa: ARG002 - an interface's methods take what other formats need
 """raw: the file is the disk.
 
 Owns: nothing on disk. Every byte of the disk stands at its own offset; the disk's size is the

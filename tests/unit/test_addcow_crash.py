@@ -218,6 +218,47 @@ def test_rename_cut_anywhere_shows_one_of_the_two_names(rng, variant):
     assert Rig(machines[-1]).inspect(TOP).backing == "./base.raw"
 
 
+@pytest.mark.parametrize("variant", ["v20", "v18", "v10"])
+@pytest.mark.parametrize(
+    ("old", "new"), [(3, 1200), (1200, 3), (600, 700), (1200, 1201), (200, 250), (1900, 10)]
+)
+def test_rename_of_long_names_cut_anywhere(rng, variant, old, new):
+    """This test covers names over several sectors: a torn one might not even open."""
+    old_name, new_name = ("./" * (n // 2) + "base.raw" for n in (old, new))
+    host, _ = machine(variant, 9, 5, 0, 1, backing=old_name.encode())
+    rig = Rig(host)
+    machines = survivors(host, rng, lambda: rig.rename(TOP, backing=(new_name, "raw")), each=12)
+    found = [Rig(m).inspect(TOP) for m in machines]
+    assert {f.backing for f in found} <= {old_name, new_name}
+    assert {f.data_file for f in found} == {"disk.raw"}
+    assert found[-1].backing == new_name
+    driver = rig.open(TOP)
+    assert rig.run(driver.check("")).findings == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("long", ["", "./" * 480])
+def test_rename_to_nothing_cut_anywhere(rng, variant, long):
+    host, _ = machine(variant, 9, 5, 0x1FF, 1, backing=long.encode() + b"base.raw")
+    rig = Rig(host)
+    machines = survivors(host, rng, lambda: rig.rename(TOP, backing=("", None)), each=12)
+    assert {Rig(m).inspect(TOP).backing for m in machines} == {None, long + "base.raw"}
+    for survivor in machines[::5]:
+        again = Rig(survivor).open(TOP)
+        assert set(disk(again, survivor.content)) == {0xEE}
+    assert b"base" not in host.content(TOP)
+
+
+def test_rename_without_room_to_spare_still_works(rng):
+    """This test covers a header so full that the new names cannot stand beside the old."""
+    host, _ = machine("v20", 9, 5, 0, 1, backing=b"./" * 1000 + b"base.raw")
+    rig = Rig(host)
+    rig.rename(TOP, backing=("./" * 1100 + "base.raw", "raw"))
+    assert rig.inspect(TOP).backing == "./" * 1100 + "base.raw"
+    driver = rig.open(TOP)
+    assert rig.run(driver.check("")).findings == []
+
+
 # ---- creation ----
 
 
