@@ -201,8 +201,9 @@ static uint32_t read_ring(struct uring *uring, struct mmc_done *done, uint32_t m
         struct mmc_request *request = io_uring_cqe_get_data(cqe);
 
         if (!request->is_blocking && !mmc_request_settle(request, cqe->res)) {
-            /* O_NONBLOCK on a file whose file system knows no NOWAIT: EAGAIN for ever
-             * (REQ_F_NOWAIT in io_uring/rw.c). A blocking call does not care. */
+            /* O_NONBLOCK on a file whose file system knows no NOWAIT may answer EAGAIN
+             * for ever (REQ_F_NOWAIT in io_uring/rw.c; not seen on Linux 6.18). A
+             * blocking call does not care for the flag on files. */
             request->is_blocking = cqe->res == -EAGAIN;
             mmc_requests_push(again, request);
             continue;

@@ -50,6 +50,7 @@ static inline void test_begin(int argc, char **argv)
     test_seed = argc > 1 ? strtoull(argv[1], NULL, 0) : (uint64_t)time(NULL);
     random_state = test_seed * 2 + 1;
     setvbuf(stdout, NULL, _IOLBF, 0);
+    alarm(300); /* a request that is lost hangs its test */
     printf("%s: seed %llu\n", argv[0], (unsigned long long)test_seed);
 }
 
