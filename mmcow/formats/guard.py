@@ -101,6 +101,9 @@ class Guard(Driver):
     def abandon(self, reservation: Reservation) -> None:
         """Check that it was reserved and that nothing of it was or becomes visible."""
         self._settle_reservation(reservation)
+        if self._closed:  # a request that dies with its image: there is nothing to look at
+            self.inner.abandon(reservation)
+            return
         before = self._map_all(reservation.offset, reservation.length)
         self.inner.abandon(reservation)
         after = self._map_all(reservation.offset, reservation.length)
