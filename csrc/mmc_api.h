@@ -7,6 +7,9 @@
  * buffers, mapped metadata under a SIGBUS guard, bit scans, fallocate. It knows
  * bytes, bits and descriptors, never an image format. Every call that can fail
  * returns -errno; mmcow/native.py is the one place that translates.
+ *
+ * A queue or view belongs to the process that made it. In a forked child every turn and
+ * access returns -EBADF, and closing touches nothing of the parent's.
  */
 
 /* ---- I/O queue ---------------------------------------------------------- */
@@ -32,7 +35,7 @@ struct mmc_op {
     uint64_t length;  /* bytes, or number of iovecs */
     uint64_t address; /* of the buffer, the iovec array or the mapping */
     int32_t fd;
-    int32_t code; /* MMC_READ ... */
+    int32_t code; /* MMC_READ ...; an unknown one refuses the whole turn: -EINVAL */
     int32_t mode; /* FALLOCATE: mode bits */
     int32_t reserved;
 };
@@ -66,6 +69,7 @@ void mmc_queue_close(struct mmc_queue *queue);
 
 /* ---- buffers and files -------------------------------------------------- */
 
+/* Zeroed. `alignment` is a power of two. Large buffers are kept for reuse when freed. */
 void *mmc_buffer_alloc(uint64_t size, uint64_t alignment, int *error);
 void mmc_buffer_free(void *buffer);
 int mmc_is_zero(const void *data, uint64_t length); /* 1 or 0 */
