@@ -97,7 +97,7 @@ def draw(
     characters = UNICODE if style.unicode else ASCII
     names = [_short(layer.path, characters) for layer in image.chain]
     label = max(map(len, [*names, "together"])) + 2
-    columns = _column_count(style.width - label - len(" ||  100 %"), end - start)
+    columns = _column_count(style.width - label - len(" || 100 %"), end - start)
     grid = _Grid(start, end, columns)
     pen = _Pen(style, characters, label)
     yield (

@@ -106,7 +106,7 @@ def configure_detach(parser: Parser) -> None:
     add_quiet(parser)
     refuse_qemu(parser)
     parser.add_argument("file", metavar="FILE", help="an add-cow image that holds every cluster")
-    parser.examples("mmcow stream vm.acow && mmcow detach vm.acow")
+    parser.examples("mmcow detach vm.acow", "mmcow stream vm.acow && mmcow detach vm.acow")
 
 
 def run_detach(arguments: argparse.Namespace, ui: Ui) -> int:

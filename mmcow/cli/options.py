@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mmcow.cli.sizes import parse_size
+from mmcow.cli import terminal
+from mmcow.cli.sizes import SizeError, parse_size
 from mmcow.cli.ui import CommandLineError
 
 if TYPE_CHECKING:
@@ -24,6 +26,13 @@ CACHES = "auto, none, writeback, writethrough, directsync or unsafe"
 
 class HelpWanted(Exception):
     """The user asked for help."""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """argparse makes one for every option, and finds the width by a slow import if not told."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=max(terminal.width_of(sys.stdout) - 2, 40))
 
 
 class _Help(argparse.Action):
@@ -57,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=f"mmcow {verb}",
             description=summary,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             add_help=False,
             allow_abbrev=False,
             **settings,
@@ -98,7 +107,7 @@ class Parser(argparse.ArgumentParser):
         # A usage that is set keeps argparse from formatting one for every parse, just in case.
         self.usage = self.prog
         try:
-            return self.parse_intermixed_args(self._given)
+            return _uncovered(self.parse_intermixed_args(_covered(self._given)))
         finally:
             self.usage = None
 
@@ -114,11 +123,39 @@ class Parser(argparse.ArgumentParser):
         return None
 
 
+# parse_intermixed_args forgets "--" between its two passes. What follows it and looks like an
+# option is covered by a character that no argument can contain.
+_COVER = "\0"
+
+
+def _covered(arguments: list[str]) -> list[str]:
+    if "--" not in arguments:
+        return arguments
+    index = arguments.index("--")
+    operands = arguments[index + 1 :]
+    return arguments[:index] + [
+        _COVER + text if text.startswith("-") else text for text in operands
+    ]
+
+
+def _uncovered(namespace: argparse.Namespace) -> argparse.Namespace:
+    values = vars(namespace)
+    for name, value in values.items():
+        if isinstance(value, str):
+            values[name] = value.removeprefix(_COVER)
+        elif isinstance(value, list):
+            values[name] = [text.removeprefix(_COVER) for text in value]
+    return namespace
+
+
 def size_argument(what: str) -> Callable[[str], int]:
     """A converter for ``add_argument(type=...)``; its errors name ``what``."""
 
     def convert(text: str) -> int:
-        return parse_size(text, what)
+        try:
+            return parse_size(text, what)
+        except SizeError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return convert
 

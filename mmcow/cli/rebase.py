@@ -58,10 +58,9 @@ def run_rebase(arguments: argparse.Namespace, ui: Ui) -> int:
     data_file = options.pop("image_file", None)
     if options:
         raise CommandLineError(f"rebase: -o takes image_file=NAME, not {', '.join(options)}")
-    if arguments.backing is None and data_file is None:
-        raise CommandLineError("rebase: nothing to change; see -b and -o")
-    if arguments.backing is None and arguments.backing_format is not None:
-        raise CommandLineError("rebase: -F is the format of the base given with -b")
+    wanted = (arguments.backing, arguments.backing_format, data_file)
+    if wanted == (None, None, None):
+        raise CommandLineError("rebase: nothing to change; see -b, -F and -o")
     ui.subject = path = arguments.file
     rename(
         path,
@@ -72,6 +71,8 @@ def run_rebase(arguments: argparse.Namespace, ui: Ui) -> int:
     )
     if arguments.backing is not None:
         ui.say(f"{path}: base is now {arguments.backing or 'none'}")
+    if arguments.backing_format is not None:
+        ui.say(f"{path}: format of the base is now {arguments.backing_format}")
     if data_file is not None:
         ui.say(f"{path}: data file is now {data_file}")
     return exits.OK

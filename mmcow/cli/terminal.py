@@ -22,11 +22,13 @@ def is_terminal(stream: TextIO | None) -> bool:
         return False
 
 
-def width_of(stream: TextIO) -> int:
+def width_of(stream: TextIO | None) -> int:
     """Columns: what COLUMNS says, else what the terminal has, else 80."""
     told = os.environ.get("COLUMNS", "")
     if told.isascii() and told.isdigit() and int(told) > 0:
         return int(told)
+    if stream is None:
+        return DEFAULT_WIDTH
     try:
         return os.get_terminal_size(stream.fileno()).columns or DEFAULT_WIDTH
     except (OSError, ValueError):
