@@ -35,7 +35,7 @@ from random import Random
 from typing import NamedTuple
 
 SECTOR = 512
-ZEROS = bytes(SECTOR)
+NOW = 1_700_000_000  # modification time of whatever is written
 
 # How likely the newest and the oldest possible version of a sector is chosen (else: any). Drawn
 # once per file and cut: "all of the bitmap, nothing of the data" and the reverse are common.
@@ -74,6 +74,7 @@ class Inode:
 
     def write(self, time: int, offset: int, data: bytes) -> None:
         """Make ``data`` visible; un-synced."""
+        self.mtime = NOW
         end = offset + len(data)
         if end > self.length:
             self.set_length(time, end)
@@ -91,6 +92,7 @@ class Inode:
         """Cut or extend the file; new bytes are zeros."""
         before, self.length = self.length, length
         self.lengths.append((time, length))
+        self.mtime = NOW
         if length < before:
             end = len(self.live)
             self.live[length:end] = bytes(end - length)

@@ -22,6 +22,8 @@ from typing import Any
 
 from mmcow.errors import MmcowError
 from mmcow.image import Image, open_image
+from mmcow.jobs.commit import commit
+from mmcow.jobs.stream import stream
 from mmcow.tasks import Completion, Task
 from tests.sim import images
 from tests.sim.host import Machine, SimHost
@@ -58,7 +60,8 @@ class Case:
         self.host = SimHost(seed, self.machine)
         content = images.put(self.host, shape)
         self.model = Model.of(content, cell)
-        self.base = self._base()
+        self.bases = [self.base_on(self.host)]  # what each sector of the base may be
+        self.stamped = True  # False where a commit may have stopped before it noted the base's time
         self.image: Image | None = None
         self.tasks: list[Task[Any]] = []
         self.tolerant = False  # whether operations may fail: for faults
@@ -209,9 +212,10 @@ class Case:
         try:
             for op in ops:
                 self.do(op)
-        except (Stopped, MmcowError):
+        except BaseException:
             if found is None:
                 raise
+            # The process is dead: what its clean-up came to is nobody's business.
         self._go_on(how, found or getattr(host, how)(self.cut_rng))
 
     def do_look(self) -> None:
@@ -229,6 +233,54 @@ class Case:
             return
         self.model.resized(size)
 
+    def do_stream(self, *ops: Op) -> None:
+        """Pull everything up from below while other requests are under way."""
+        assert self.image is not None
+        started = [self._start(*op) for op in ops]
+        try:
+            stream(self.image)
+        except MmcowError as error:
+            self._failed(error)
+        else:
+            assert not self.image.engine.top.info.has_backing
+        for wait in started:
+            self._finish(wait)
+
+    def do_commit(self) -> None:
+        """Merge the top layer down. The disk stays as it is; the base may change to that."""
+        assert self.image is not None
+        if not self.image.engine.top.info.has_backing:
+            return
+        content = read_all(self.image)
+        self.close()
+        stamped, self.stamped = self.stamped, False
+        if not self.shape.chain:
+            self.bases.append(content)
+        try:
+            commit(
+                images.TOP,
+                format=self.shape.format,
+                cache=self.cache,
+                backing_format="add-cow" if self.shape.chain else None,
+                host=self.host,
+            )
+        except MmcowError as error:
+            self._failed(error)
+        else:
+            self.stamped = stamped
+            self._check_merged(content)
+        self.open()
+
+    def _check_merged(self, content: bytes) -> None:
+        """After a commit the base alone is the disk, and keeps what it has beyond its end."""
+        if self.shape.chain:
+            return
+        found = self.host.content(images.BASE)
+        if found[: len(content)].ljust(len(content), b"\0") != content:
+            raise Violation("after the commit the base is not what the disk was")
+        self.check_base(self.host)
+        self.bases = [found]
+
     def do_reopen(self) -> None:
         self.close()
         self.open()
@@ -245,14 +297,17 @@ class Case:
         self._move_to(host)
         host.watch = None
         self.image = self.open_writer()
+        self.check_base(host)
         content = read_all(self.image)
         if how == "power_cut":
             self.model.check_survivor(content)
             self.model = self.model.survivor(content)
+            self.bases = [self.base_on(host)]
         else:
             if len(self.model.sizes) > 1:
                 self.image.flush()  # else a later cut could still bring the other size back
             self.model.killed(content)
+            self.bases.append(self.base_on(host))  # not durable before the next commit
         self._watch()
 
     def _move_to(self, host: SimHost) -> None:
@@ -396,15 +451,30 @@ class Case:
         try:
             content = read_all(image)
             self.model.check_survivor(content)
-            check_clean(image)
+            check_clean(image, self.stamped)
         finally:
             image.close()
-        if self.shape.base is not None and host.content(images.BASE) != self.base:
-            raise Violation("the base has changed")
+        self.check_base(host)
         return content
 
-    def _base(self) -> bytes:
-        return b"" if self.shape.base is None else self.host.content(images.BASE)
+    def check_base(self, host: SimHost) -> None:
+        """The base is untouched. During a commit each sector may be the disk's already."""
+        found = self.base_on(host)
+        if found in self.bases:
+            return
+        if len(self.bases) == 1:
+            raise Violation("the base has changed")
+        if len(found) < min(len(base) for base in self.bases):
+            raise Violation("during the commit the base was cut")
+        for at in range(0, len(found), SECTOR):
+            sector = found[at : at + SECTOR]  # the last one may be odd
+            allowed = (base[at : at + len(sector)] for base in self.bases)
+            if all(sector != value.ljust(len(sector), b"\0") for value in allowed):
+                raise Violation(f"during the commit the base got other bytes at {at}")
+
+    def base_on(self, host: SimHost) -> bytes:
+        """The base file's content."""
+        return b"" if self.shape.base is None else host.content(images.BASE)
 
     # ---- telling ----
 
@@ -447,10 +517,13 @@ def read_all(image: Image) -> bytes:
     return bytes(content)
 
 
-def check_clean(image: Image) -> None:
-    """``check`` of every layer finds no corruption."""
+def check_clean(image: Image, base_known: bool = True) -> None:
+    """``check`` of every layer finds no corruption. While a commit changes the base (``base_known``
+    false), a cow file may say that it has changed."""
     for layer in image.engine.layers:
         for finding in image.reactor.run(layer.check("")).findings:
+            if not base_known and "has changed since" in finding.text:
+                continue
             if finding.kind == "corruption":
                 raise Violation(f"check of {layer.path}: {finding.text}")
 
@@ -463,6 +536,8 @@ def _completion(image: Image, request: Any) -> Completion[Any]:
 def show(op: Op) -> str:
     """An operation in one word or two."""
     name, *arguments = op
+    if name == "stream" and arguments:
+        return f"stream with ({'; '.join(show(inner) for inner in arguments)})"
     if name == "together":
         return "(" + " with ".join(show(inner) for inner in arguments) + ")"
     if name == "threads":
@@ -497,6 +572,8 @@ def alphabet(shape: Shape) -> list[Op]:
         ("together", ("write", 0, SECTOR), ("write", 0, cluster)),
         ("together", ("write", inside, SECTOR), ("flush",), ("write", cluster, SECTOR)),
         ("crash",),
+        ("commit",),
+        ("stream",),
     ]
 
 
@@ -523,32 +600,44 @@ def random_sequence(rng: Random, shape: Shape, count: int, grain: int = SECTOR) 
             ops.append(("resize", size))
         elif roll < 0.88:
             ops.append(rng.choice((("reopen",), ("look",))))
-        elif roll < 0.92:
+        elif roll < 0.91:
             ops.append((rng.choice(("crash", "kill")),))
+        elif roll < 0.93:
+            ops.append(("commit",))
+        elif roll < 0.935:
+            ops.append(("stream", *_requests(rng, shape, size, 3)))
         elif grain == SECTOR:
             ops.append(_interrupted(rng, shape, size))
     return ops
 
 
-def _side_by_side(rng: Random, shape: Shape, size: int) -> Op:
-    def some(most: int) -> list[Op]:
-        found = [_request(rng, shape, size, SECTOR) for _ in range(rng.randint(1, most))]
-        found += [("flush",)] * (rng.random() < 0.6)
-        rng.shuffle(found)
-        return found
+def _requests(rng: Random, shape: Shape, size: int, most: int) -> list[Op]:
+    """Some requests and perhaps a flush among them."""
+    found = [_request(rng, shape, size, SECTOR) for _ in range(rng.randint(1, most))]
+    found += [("flush",)] * (rng.random() < 0.6)
+    rng.shuffle(found)
+    return found
 
+
+def _side_by_side(rng: Random, shape: Shape, size: int) -> Op:
     if rng.random() < 0.5:
-        return ("together", *some(4))
-    return ("threads", *(tuple(some(3)) for _ in range(rng.randint(2, 3))))
+        return ("together", *_requests(rng, shape, size, 4))
+    threads = (tuple(_requests(rng, shape, size, 3)) for _ in range(rng.randint(2, 3)))
+    return ("threads", *threads)
 
 
 def _interrupted(rng: Random, shape: Shape, size: int) -> Op:
     how = rng.choice(("power_cut", "kill"))
-    if rng.random() < 0.3:
+    roll = rng.random()
+    if roll < 0.3:
         what: list[Op] = [("resize", _other_size(rng, shape, size))]
+    elif roll < 0.5:
+        what = [("commit",)]
+    elif roll < 0.6:
+        what = [("stream",)]
     else:
         what = [_side_by_side(rng, shape, size), ("flush",)]
-    return ("interrupted", how, rng.randint(1, 12), *what)
+    return ("interrupted", how, rng.randint(1, rng.choice((12, 40))), *what)
 
 
 def _other_size(rng: Random, shape: Shape, size: int) -> int:
