@@ -12,7 +12,7 @@ APT_INTEROP := qemu-utils fio xfsprogs e2fsprogs btrfs-progs
 SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps-interop test check fix crash fault fuzz soak sanitize interop demo bench clean
+.PHONY: help build deps-interop test check fix crash fault fuzz soak sanitize interop storage demo bench clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -59,8 +59,9 @@ fix: build ## let the formatters repair what they can
 crash: build ## power cuts in the simulator, the long form
 	$(BIN)/python -m tests.sim.crash
 
-fault: build ## every storage call failing, in the simulator, the long form
+fault: build deps-interop ## every storage call failing, in the simulator; kills, full disks and cuts for real: the long form
 	$(BIN)/python -m tests.sim.fault
+	MMCOW_KILL_SECONDS=600 $(BIN)/python -m pytest tests/fault --timeout 3600
 
 fuzz: build ## damaged images from a random seed, the long form
 	$(BIN)/python -m pytest -m hostile --timeout 3600
@@ -70,6 +71,9 @@ soak: build ## long random runs
 
 interop: build deps-interop ## compare with qemu, fio and file system tools
 	$(BIN)/python -m pytest -m interop
+
+storage: build deps-interop ## every format on every file system and sector size, all modes (as root)
+	MMCOW_STORAGE=all $(BIN)/python -m pytest tests/interop/test_storage_matrix.py
 
 sanitize: build ## the C helper's own tests under ASan, UBSan and TSan
 	@tests/c/run sanitize

@@ -72,6 +72,8 @@ class Model:
     def replay(self, lines: Iterable[str], *, believe: bool = True) -> None:
         """Take the writer's log. ``believe`` False: what it says of success came too late to
         count, what it says of intentions widens what is allowed."""
+        if not believe and self._pending_resize is not None:
+            self._maybe_cut_off(*self._pending_resize)
         for line in lines:
             entry = json.loads(line)
             if entry["at"] == "begin":
@@ -94,11 +96,15 @@ class Model:
             size = entry["size"] // SECTOR
             self._pending_resize = (number, size)
             self.sizes.add(size)
-            if not believe:  # cut off and grown again, for all that is known
-                for writes in self.sectors[size:]:
-                    writes.append(_Write(0, number, weak=True))
+            if not believe:
+                self._maybe_cut_off(number, size)
             for _ in range(len(self.sectors), size):
                 self.sectors.append([_Write(0, 0)])
+
+    def _maybe_cut_off(self, number: int, size: int) -> None:
+        """A shrink of which nobody knows whether it has happened, or been grown over since."""
+        for writes in self.sectors[size:]:
+            writes.append(_Write(0, number, weak=True))
 
     def _end(self, entry: dict[str, Any]) -> None:
         kind, number = entry["op"], entry["n"]

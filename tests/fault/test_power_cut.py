@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.fault,
     pytest.mark.root,
-    pytest.mark.interop,
     pytest.mark.timeout(3600),
 ]
 
