@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mmcow.errors import ClosedError
 from mmcow.formats.driver import CheckResult, Driver, Extent, Kind, LayerInfo, Reservation, Staged
 from mmcow.ranges import SECTOR, align_up, overlaps, units_for
 
 if TYPE_CHECKING:
     from mmcow.storage.file import File
+    from mmcow.storage.host import Handle
     from mmcow.storage.window import Window
 
 _HOSTED = (Kind.DATA, Kind.SPECIAL)
@@ -101,10 +103,11 @@ class Guard(Driver):
     def abandon(self, reservation: Reservation) -> None:
         """Check that it was reserved and that nothing of it was or becomes visible."""
         self._settle_reservation(reservation)
-        if self._closed:  # a request that dies with its image: there is nothing to look at
+        try:
+            before = self._map_all(reservation.offset, reservation.length)
+        except ClosedError:  # a request that dies with its image: there is nothing to look at
             self.inner.abandon(reservation)
             return
-        before = self._map_all(reservation.offset, reservation.length)
         self.inner.abandon(reservation)
         after = self._map_all(reservation.offset, reservation.length)
         assert after == before, "abandon became visible"
@@ -215,6 +218,14 @@ class Guard(Driver):
         """The driver's."""
         self._check_open()
         return self.inner.describe()
+
+    def locked_handles(self) -> tuple[Handle, ...]:
+        """The driver's."""
+        return self.inner.locked_handles()
+
+    def moved(self, path: str) -> None:
+        """Passed on."""
+        self.inner.moved(path)
 
     def close(self) -> None:
         """Check that no reservation is left, after closing."""
