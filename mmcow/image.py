@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from mmcow.engine.lookup import Segment
+    from mmcow.formats.driver import Driver
     from mmcow.storage.host import Buffer, Host, Identity
     from mmcow.tasks import Completion
 
@@ -98,7 +99,7 @@ class Image:
         self._opener = opener
         self._pid = os.getpid()
         self._closed = False
-        drivers = [Guard(layer.driver) if CHECK_DRIVERS else layer.driver for layer in layers]
+        drivers = [_guarded(layer.driver) for layer in layers]
         self.engine = Engine(opener.reactor, drivers, writable=write, name=path)
         if write and layers[0].probed and layers[0].format == "raw":
             self.engine.first_sector_guard = _other_format
@@ -109,6 +110,16 @@ class Image:
     def size(self) -> int:
         """Of the disk, in bytes; a multiple of 512."""
         return self.engine.size
+
+    @property
+    def opener(self) -> Opener:
+        """What the layers were opened with, for jobs that open or make further files."""
+        return self._opener
+
+    def push(self, layer: Layer) -> None:
+        """Put a layer on top. Only alone in the engine, with everything flushed."""
+        self.layers.insert(0, layer)
+        self.engine.push(_guarded(layer.driver))
 
     @property
     def closed(self) -> bool:
@@ -281,6 +292,7 @@ class Image:
         self.reactor.quiesce()
         try:
             self._opener.queue.close()  # waits for what the kernel still holds
+            self.reactor.abandon_tasks()
         finally:
             close_layers(self.layers)
 
@@ -378,6 +390,10 @@ class _DiskFile(io.RawIOBase):
     def _check_open(self) -> None:
         if self.closed:
             raise ValueError("I/O operation on closed file")
+
+
+def _guarded(driver: Driver) -> Driver:
+    return Guard(driver) if CHECK_DRIVERS else driver
 
 
 def flat(buffer: Any) -> memoryview:

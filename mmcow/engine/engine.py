@@ -526,6 +526,17 @@ class Engine:
         finally:
             self.gate.open()
 
+    def push(self, driver: Driver) -> None:
+        """Put a layer on top of the chain; the one below is only read from here on.
+
+        Only inside ``gate.close``, with everything flushed: no request knows the old top.
+        """
+        assert self.gate.closed
+        self.layers.insert(0, driver)
+        self.top = driver
+        self.flusher = Flusher(self.reactor, driver)
+        self.first_sector_guard = None
+
     async def drop_backing(self) -> None:
         """Stop depending on what lies below, durably: every cluster must be in the top layer.
 

@@ -353,6 +353,10 @@ class AddCowDriver(Driver):
         ones = self.window.bits_count(self._bitmap, 0, total)
         return {**_details(self._header), "bitmap-complete": ones == total}
 
+    def locked_handles(self) -> tuple[Handle, ...]:
+        """The add-cow file and the data file."""
+        return (self._handle, self.data.handle)
+
     def close(self) -> None:
         """Release the window and both files."""
         self.window.close()

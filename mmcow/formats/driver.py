@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mmcow.storage.file import File
+    from mmcow.storage.host import Handle
     from mmcow.storage.window import Group, Window
 
 
@@ -183,6 +184,21 @@ class Driver(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Format-specific facts for ``info``, as JSON-ready values."""
+
+    def locked_handles(self) -> tuple[Handle, ...]:
+        """The descriptors that carry this layer's locks."""
+        return (self.data.handle,)
+
+    def moved(self, path: str) -> None:
+        """The image file has another name now; errors and later openings use it."""
+        old, self.path = self.path, path
+        for handle in self.locked_handles():
+            if handle.path == old:
+                handle.path = path
+        if self.data.path == old:
+            self.data.path = path
+        if self.window is not None:
+            self.window.path = path
 
     @abstractmethod
     def close(self) -> None:

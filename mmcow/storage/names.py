@@ -27,6 +27,12 @@ def directory_of(path: str) -> str:
     return os.path.dirname(path) or "."
 
 
+def temporary_name(path: str) -> str:
+    """A free name in ``path``'s directory for what will become ``path``."""
+    directory, base = os.path.split(path)
+    return os.path.join(directory, f".{base[:200]}.{secrets.token_hex(4)}.mmcow-new")
+
+
 def make_file(host: Host, path: str, fill: Callable[[Handle], None], *, replace: bool) -> None:
     """Make ``path`` with the content that ``fill`` writes; durable on return.
 
@@ -34,8 +40,7 @@ def make_file(host: Host, path: str, fill: Callable[[Handle], None], *, replace:
     temporary file ``.NAME.XXXXXXXX.mmcow-new`` stays behind. Without ``replace`` an existing
     name raises StorageError EEXIST.
     """
-    directory, base = os.path.split(path)
-    temporary = os.path.join(directory, f".{base[:200]}.{secrets.token_hex(4)}.mmcow-new")
+    temporary = temporary_name(path)
     handle = host.create(temporary)
     try:
         try:
@@ -48,7 +53,7 @@ def make_file(host: Host, path: str, fill: Callable[[Handle], None], *, replace:
         else:
             _link_new(host, temporary, path)
     except BaseException:
-        _discard(host, temporary)
+        discard(host, temporary)
         raise
     host.sync_directory(directory_of(path))
 
@@ -68,7 +73,8 @@ def _link_new(host: Host, temporary: str, path: str) -> None:
     host.unlink(temporary)
 
 
-def _discard(host: Host, path: str) -> None:
+def discard(host: Host, path: str) -> None:
+    """Remove a name that nothing relies on, if that can be done."""
     try:
         host.unlink(path)
     except StorageError:
