@@ -13,7 +13,7 @@ oldest one, and one in order is as good as any.
 
     reads   [oldest ... newest]   at most DEPTH   -> wait for the oldest, look for zeros, write
     writes  [oldest ... newest]                   -> wait for the oldest when buffers run out
-    buffers: 2 x DEPTH pieces, used over and over
+    buffers: 2 x DEPTH pieces, used over and over; small ranges share one
 """
 
 from __future__ import annotations
@@ -32,10 +32,15 @@ if TYPE_CHECKING:
     from mmcow.image import BlockStatus, Image
     from mmcow.tasks import Completion
 
-# Measured on a virtio disk with ext4: 512 KiB to 2 MiB and 4 to 16 in flight are alike; less of
-# either is slower.
-PIECE = 1 << 20
+# 1 GiB of random data, raw to raw, O_DIRECT on ext4 over virtio, best of three, in seconds:
+# pieces of 256 KiB 1.98 / 1.93 / 1.71 / 1.68 with 1 / 4 / 8 / 16 in flight,
+# of 1 MiB 1.53 / 1.56 / 1.63 / 1.58, of 2 MiB 1.72 / 1.31 / 1.26 / 1.43.
+# The disk is the limit from 4 on; remote storage wants more.
+PIECE = 2 << 20
 DEPTH = 8
+# Small ranges travel together: so many in one buffer, each at a multiple of this.
+PARTS = 64
+PART_ALIGN = 4096
 # The granularity of zero detection, as that of ``qemu-img convert -S 4k``.
 BLOCK = 4096
 # The longest range handed out at a time, for progress and stopping. Zeroing moves no data.
@@ -51,12 +56,27 @@ class Range(NamedTuple):
     zero: bool
 
 
-class _Read(NamedTuple):
+class _Part(NamedTuple):
+    """A range on its way through a buffer."""
+
     image: Image
     offset: int
-    part: memoryview
-    buffer: memoryview
+    view: memoryview
     completion: Completion[int]
+
+
+class _Load:
+    """A buffer being filled by reads."""
+
+    __slots__ = ("buffer", "parts", "used")
+
+    def __init__(self, buffer: memoryview) -> None:
+        self.buffer = buffer
+        self.parts: list[_Part] = []
+        self.used = 0
+
+    def has_room(self, length: int) -> bool:
+        return self.used + length <= len(self.buffer) and len(self.parts) < PARTS
 
 
 class _Write(NamedTuple):
@@ -77,7 +97,8 @@ class Copier:
         self._target = target
         self._block = block
         self._skip = target_is_zero
-        self._reads: deque[_Read] = deque()
+        self._filling: _Load | None = None
+        self._reads: deque[_Load] = deque()
         self._writes: deque[_Write] = deque()
         self._free: list[memoryview] = []
         self._buffers = 0
@@ -86,14 +107,25 @@ class Copier:
         """Copy a range to the same place. Returns before it is done; see ``finish``."""
         while length:
             step = min(length, PIECE - offset % PIECE)
-            buffer = self._take_buffer()
-            part = buffer[:step]
+            load = self._filling
+            if load is None or not load.has_room(step):
+                load = self._next_load()
+            view = load.buffer[load.used : load.used + step]
             with source.reactor.lock:
-                completion = source.engine.read(offset, part)
-            self._reads.append(_Read(source, offset, part, buffer, completion))
+                completion = source.engine.read(offset, view)
+            load.parts.append(_Part(source, offset, view, completion))
+            load.used += align_up(step, PART_ALIGN)
+            offset, length = offset + step, length - step
+
+    def _next_load(self) -> _Load:
+        """A new buffer to fill; the one before is full."""
+        if self._filling is not None:
+            self._reads.append(self._filling)
+            self._filling = None
             if len(self._reads) >= DEPTH:
                 self._forward()
-            offset, length = offset + step, length - step
+        self._filling = _Load(self._take_buffer())
+        return self._filling
 
     def zero(self, offset: int, length: int) -> None:
         """Make a range of the target zero, unless it is anyway."""
@@ -107,6 +139,9 @@ class Copier:
 
     def finish(self) -> None:
         """Wait until everything handed in was written. Not durable before a flush."""
+        if self._filling is not None:
+            self._reads.append(self._filling)
+            self._filling = None
         while self._reads:
             self._forward()
         while self._writes:
@@ -128,8 +163,12 @@ class Copier:
             self._drain()
 
     def _drain(self) -> None:
-        for read in self._reads:
-            _wait_quietly(read.image, read.completion)
+        loads = list(self._reads)
+        if self._filling is not None:
+            loads.append(self._filling)
+        for load in loads:
+            for part in load.parts:
+                _wait_quietly(part.image, part.completion)
         for write in self._writes:
             for completion in write.completions:
                 _wait_quietly(self._target, completion)
@@ -148,23 +187,29 @@ class Copier:
         return self._free.pop()
 
     def _forward(self) -> None:
-        """Wait for the oldest read and start writing what it brought."""
-        read = self._reads.popleft()
-        read.image.reactor.wait(read.completion)
+        """Wait for the oldest buffer to be full and start writing what it brought."""
+        load = self._reads[0]
+        for part in load.parts:
+            part.image.reactor.wait(part.completion)
+        self._reads.popleft()
         completions: list[Completion[int]] = []
-        self._writes.append(_Write(read.buffer, completions))
+        self._writes.append(_Write(load.buffer, completions))
+        for part in load.parts:
+            self._write(part, completions)
+        with self._target.reactor.lock:
+            self._target.reactor.poll()
+
+    def _write(self, part: _Part, completions: list[Completion[int]]) -> None:
         target = self._target
-        runs = list(data_runs(read.part, self._block))
-        with target.reactor.lock:
-            for start, length, zero in runs:
-                at = read.offset + start
+        for start, length, zero in data_runs(part.view, self._block):
+            offset = part.offset + start
+            with target.reactor.lock:
                 if not zero:
-                    part = read.part[start : start + length]
-                    completions.append(target.engine.write(at, part))
+                    view = part.view[start : start + length]
+                    completions.append(target.engine.write(offset, view))
                     self.moved += length
                 elif not self._skip:
-                    completions.append(target.engine.write_zeroes(at, length))
-            target.reactor.poll()
+                    completions.append(target.engine.write_zeroes(offset, length))
 
     def _retire(self) -> None:
         """Wait for the oldest write; its buffer is free then."""
