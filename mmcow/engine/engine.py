@@ -238,10 +238,10 @@ class Engine:
             reservation = self.top.reserve(start, stop - start)
             try:
                 await self._write_reserved(reservation, offset - len(head), (head, data, tail))
+                self.flusher.check()  # a flush may have failed meanwhile
             except BaseException:
                 self.top.abandon(reservation)
                 raise
-            self.flusher.check()
             self.top.publish(reservation)
         finally:
             self._claims.drop(claim)
