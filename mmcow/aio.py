@@ -77,6 +77,11 @@ class Image:
         return self._image.reactor
 
     @property
+    def image(self) -> sync.Image:
+        """The synchronous face, for what does not wait: layers, warnings, opener."""
+        return self._image
+
+    @property
     def writable(self) -> bool:
         """Whether it was opened for writing."""
         return self._image.writable
@@ -102,41 +107,41 @@ class Image:
         self._check()
         self._engine.check_range(offset, length)
         buffer = aligned(length)
-        await self._start(lambda: self._engine.read(offset, buffer))
+        await self.perform(lambda: self._engine.read(offset, buffer))
         return bytes(buffer)
 
     async def readinto(self, offset: int, buffer: bytearray | memoryview) -> int:
         """Fill ``buffer`` from ``offset``. Cancelled, it may still be written to for a while."""
         offset = index(offset)
         view = sync.writable(self.path, buffer)
-        await self._start(lambda: self._engine.read(offset, view))
+        await self.perform(lambda: self._engine.read(offset, view))
         return len(view)
 
     async def write(self, offset: int, data: Buffer) -> int:
         """Write all of ``data``, which must not change until then."""
         offset = index(offset)
         view = sync.flat(data)
-        await self._start(lambda: self._engine.write(offset, view))
+        await self.perform(lambda: self._engine.write(offset, view))
         return len(view)
 
     async def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         """Make a range read as zeros."""
         offset, length = index(offset), index(length)
-        await self._start(lambda: self._engine.write_zeroes(offset, length, may_unmap))
+        await self.perform(lambda: self._engine.write_zeroes(offset, length, may_unmap))
 
     async def discard(self, offset: int, length: int) -> None:
         """Tell that a range's content is no longer needed."""
         offset, length = index(offset), index(length)
-        await self._start(lambda: self._engine.discard(offset, length))
+        await self.perform(lambda: self._engine.discard(offset, length))
 
     async def flush(self) -> None:
         """Make every change durable that was acknowledged before this call."""
-        await self._start(lambda: self._reactor.spawn(self._engine.flush()))
+        await self.perform(lambda: self._reactor.spawn(self._engine.flush()))
 
     async def resize(self, size: int, *, shrink: bool = False) -> None:
         """Change the disk's size, durably."""
         size = sync.check_size(self.path, size)
-        await self._start(lambda: self._reactor.spawn(self._engine.resize(size, shrink=shrink)))
+        await self.perform(lambda: self._reactor.spawn(self._engine.resize(size, shrink=shrink)))
 
     def block_status(
         self, offset: int = 0, length: int | None = None, *, layer: int | None = None
@@ -178,7 +183,9 @@ class Image:
         if self._image._pid != os.getpid():
             raise ForkedError(self.path)
 
-    def _start(self, begin: Callable[[], Completion[Any]]) -> asyncio.Future[Any]:
+    def perform(self, begin: Callable[[], Completion[Any]]) -> asyncio.Future[Any]:
+        """Begin a request of the engine (``begin`` is called under the reactor's lock) and return a
+        future for its result: for servers and jobs that need more than the verbs."""
         self._check()
         return self._begin(begin)
 

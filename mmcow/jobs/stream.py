@@ -45,19 +45,24 @@ def stream(image: Image, *, progress: Progress | None = None) -> int:
         return 0
     moved = _pull(image, meter)
     image.reactor.run(image.engine.drop_backing())
+    cut_chain(image)
+    meter.finish()
+    return moved
+
+
+def cut_chain(image: Image) -> None:
+    """Close what lies below the top layer, which does not depend on it any more."""
     with image.reactor.lock:
         below = image.layers[1:]
         del image.layers[1:]
     close_layers(below)
-    meter.finish()
-    return moved
 
 
 def _pull(image: Image, meter: Meter) -> int:
     moved = unflushed = 0
     tasks: deque[Task[int]] = deque()
     try:
-        for offset, length in _missing(image):
+        for offset, length in missing(image):
             with image.reactor.lock:
                 tasks.append(image.reactor.spawn(image.engine.copy_up(offset, length)))
                 image.reactor.poll()
@@ -79,7 +84,7 @@ def _pull(image: Image, meter: Meter) -> int:
     return moved
 
 
-def _missing(image: Image) -> Iterator[tuple[int, int]]:
+def missing(image: Image) -> Iterator[tuple[int, int]]:
     """Ranges of whole clusters that the top layer does not have wholly; zeros in long pieces.
 
     Clusters that it has may be among them: copying up leaves those alone.

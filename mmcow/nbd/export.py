@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from mmcow.aio import Image
     from mmcow.engine.lookup import Segment
+    from mmcow.nbd.live import Stream
 
 # Extents told in one answer to BLOCK_STATUS: bounds the answer and the time under the lock.
 EXTENTS_MOST = 8192
@@ -37,6 +38,11 @@ class Counters:
         self.latency = [0] * self.BUCKETS
         self.started = time.monotonic()
 
+    @property
+    def requests(self) -> int:
+        """Finished requests of all verbs."""
+        return sum(self.operations.values())
+
     def count(self, verb: str, length: int, seconds: float) -> None:
         """One finished request."""
         self.operations[verb] = self.operations.get(verb, 0) + 1
@@ -53,7 +59,7 @@ class Export:
         self.read_only = read_only or not image.writable
         self.connections = 0
         self.counters = Counters()
-        self.error: BaseException | None = None
+        self.stream: Stream | None = None  # the last one started
 
     @property
     def size(self) -> int:

@@ -22,7 +22,7 @@ from mmcow.nbd.export import Export
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -106,6 +106,16 @@ class Server:
                 self._listeners.append(
                     await self.loop.create_server(self._connect, sock=one, backlog=BACKLOG)
                 )
+
+    async def listen_control(
+        self, path: str, serve: Callable[..., Coroutine[Any, Any, None]], limit: int
+    ) -> asyncio.Server:
+        """Listen for streams of lines up to ``limit`` bytes on a Unix socket."""
+        _remove_stale(path)
+        try:
+            return await asyncio.start_unix_server(serve, path, limit=limit)
+        except OSError as error:
+            raise StorageError(error.errno or 0, "listen", path) from error
 
     def _default_name(self) -> str:
         return next(iter(self.exports)) if len(self.exports) == 1 else ""
