@@ -73,6 +73,7 @@ class Parser(argparse.ArgumentParser):
         )
         self.verb = verb
         self._given: list[str] = []
+        self._takes_command = False
         # "-512M" is a size, not an option: no option of any verb begins with a digit.
         self._negative_number_matcher = re.compile(r"-[0-9]")
         self.refused: dict[str, str] = {}
@@ -101,13 +102,25 @@ class Parser(argparse.ArgumentParser):
                 help=argparse.SUPPRESS,
             )
 
+    def take_command(self, metavar: str, help: str) -> None:
+        """Let ``-- COMMAND...`` end the arguments; it becomes ``namespace.command``."""
+        self._takes_command = True
+        self.description = f"{self.description}\n\n-- {metavar} ...: {help}"
+
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse; operands may stand between options, as getopt_long allows."""
         self._given = list(arguments)
+        command: list[str] = []
+        if self._takes_command and "--" in self._given:
+            index = self._given.index("--")
+            self._given, command = self._given[:index], self._given[index + 1 :]
         # A usage that is set keeps argparse from formatting one for every parse, just in case.
         self.usage = self.prog
         try:
-            return _uncovered(self.parse_intermixed_args(_covered(self._given)))
+            parsed = _uncovered(self.parse_intermixed_args(_covered(self._given)))
+            if self._takes_command:
+                parsed.command = command
+            return parsed
         finally:
             self.usage = None
 

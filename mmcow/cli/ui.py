@@ -104,6 +104,12 @@ class Ui:
         """Write one line to standard error, prefixed; where that fails, nobody can be told."""
         self.err(f"{PROGRAM}: {text}")
 
+    def draw(self, text: str) -> None:
+        """Replace the line the cursor is in, on standard error's terminal."""
+        with suppress(OSError, ValueError):
+            sys.stderr.write("\r\x1b[K" + text)
+            sys.stderr.flush()
+
     def err(self, text: str) -> None:
         """Write one line to standard error as it is."""
         if sys.stderr is None:

@@ -42,6 +42,8 @@ VERBS: dict[str, Verb] = {
     "stream": Verb("merge", "pull what is still in the base into the overlay"),
     "detach": Verb("merge", "make a complete overlay a plain raw disk"),
     "rebase": Verb("rebase", "change the names and formats that an image records"),
+    "serve": Verb("serve", "offer disks over NBD to virtual machines and tools"),
+    "ctl": Verb("ctl", "command a server that runs: status, stream, snapshot, resize"),
     "io": Verb("io", "read, write and look at a disk by commands"),
 }
 
