@@ -31,6 +31,8 @@ ODD = 3 * MIB + 5 * 512
 SMALL = {"cluster_size": "4k"}
 CHAINS = {
     "add-cow-over-raw": [("raw", ODD, {}), ("add-cow", ODD, SMALL)],
+    "v10-over-raw": [("raw", ODD, {}), ("add-cow", ODD, {"compat": "v10"})],
+    "v7-over-raw": [("raw", ODD, {}), ("add-cow", ODD, {"compat": "v7"})],
     "add-cow-over-odd-raw": [("raw", ODD + 100, {}), ("add-cow", ODD + 512, {})],
     "add-cow-over-longer-raw": [("raw", 4 * MIB + 100, {}), ("add-cow", ODD, {})],
     "add-cow-over-shorter-raw": [("raw", 1 * MIB + 100, {}), ("add-cow", ODD, SMALL)],
@@ -100,6 +102,63 @@ def test_commit(tmp_path, case, keep):
         check_content(chain, 0, chain.models[0])
     # Nothing is left to be done, and nothing is done.
     assert keep or commit(chain.top, **options(chain)) == 0
+
+
+@pytest.mark.parametrize("format_", ["add-cow", "cow"])
+def test_commit_of_many_small_ranges(tmp_path, format_):
+    """This test has more ranges than one buffer takes, and gaps that must stay the base's."""
+    options_ = SMALL if format_ == "add-cow" else {}
+    layers = [("raw", 2 * MIB, {}), (format_, 2 * MIB, options_)]
+    chain = Chain(tmp_path / "chain", layers, seed=2, writes=3)
+    step, length = (8192, 4096) if format_ == "add-cow" else (1536, 512)
+    rng = random.Random(3)
+    with chain.open(write=True) as disk:
+        for offset in range(MIB, 2 * MIB - step, step):
+            data = rng.randbytes(length)
+            disk.write(offset, data)
+            chain.models[-1][offset : offset + length] = data
+    commit(chain.top)
+    assert allocated(chain) == 0
+    check_content(chain, 0, chain.models[-1])
+    check_content(chain, 1, chain.models[-1])
+
+
+def test_commit_interrupted_by_the_keyboard(tmp_path, monkeypatch):
+    monkeypatch.setattr(commit_module, "BATCH", 256 * KIB)
+    monkeypatch.setattr(progress_module, "_STEP_LEAST", 1)
+    chain = Chain(tmp_path / "chain", CHAINS["add-cow-over-raw"], seed=4)
+
+    def progress(done, _):
+        if done > MIB:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        commit(chain.top, progress=progress)
+    check_content(chain, -1, chain.models[-1])
+    commit(chain.top)
+    check_content(chain, 0, chain.models[-1])
+
+
+def test_commit_of_an_empty_disk(tmp_path):
+    chain = Chain(tmp_path / "chain", CHAINS["add-cow-over-raw"], seed=4)
+    mmcow.create(
+        tmp_path / "chain" / "top",
+        size=0,
+        backing=chain.names[0],
+        backing_format="raw",
+    )
+    assert commit(tmp_path / "chain" / "top") == 0
+    check_content(chain, 0, chain.models[0])
+
+
+def test_commit_grows_a_base_for_an_empty_longer_image(tmp_path):
+    chain = Chain(tmp_path / "chain", [("raw", 8192, {}), ("add-cow", 8192, SMALL)], seed=4)
+    with chain.open(write=True, cache="writeback") as disk:
+        disk.resize(65536)
+        content = disk.read(0, 65536)
+    commit(chain.top)
+    check_content(chain, 0, content)
+    check_content(chain, 1, content)
 
 
 def test_commit_gives_the_space_back(tmp_path):

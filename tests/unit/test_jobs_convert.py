@@ -181,6 +181,37 @@ def test_convert_read_error_reaches_the_caller_with_nothing_left_in_flight(tmp_p
         assert not other.reactor.queue.busy
 
 
+def test_convert_and_compare_empty_disks(tmp_path):
+    make_target(tmp_path / "one", "raw", 0, {})
+    make_target(tmp_path / "two", "add-cow", 0, {})
+    make_target(tmp_path / "three", "raw", 4096, {})
+    with (
+        mmcow.open(tmp_path / "one", format="raw") as one,
+        mmcow.open(tmp_path / "two", write=True) as two,
+        mmcow.open(tmp_path / "three", format="raw", write=True) as three,
+    ):
+        assert convert(one, two) == 0
+        assert convert(two, three) == 0
+        assert compare(one, two) is None
+        assert compare(one, three) is None
+
+
+def test_convert_stopped_by_the_keyboard(tmp_path):
+    """This test wants both images usable after a KeyboardInterrupt between two pieces."""
+    chain = Chain(tmp_path / "source", CHAINS["three"], seed=1)
+    make_target(tmp_path / "target", "raw", len(chain.models[-1]), {})
+
+    def progress(done, _):
+        if done:
+            raise KeyboardInterrupt
+
+    with chain.open() as one, mmcow.open(tmp_path / "target", format="raw", write=True) as other:
+        with pytest.raises(KeyboardInterrupt):
+            convert(one, other, progress=progress)
+        convert(one, other)
+        assert compare(one, other) is None
+
+
 # ---- compare ----
 
 
