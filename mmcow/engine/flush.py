@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmcow.errors import LayerFailed, StorageError, SyncFailed
+from mmcow.errors import CorruptError, LayerFailed, StorageError, SyncFailed
 from mmcow.tasks import Completion, Reactor
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ class Flusher:
         self.failure: BaseException | None = None
 
     def check(self) -> None:
-        """Raise LayerFailed if an earlier sync failed."""
+        """Raise LayerFailed if an earlier sync failed, here or below a write."""
+        if self._driver.data.sync_failure is not None:
+            self.fail(self._driver.data.sync_failure)
         if self.failure is not None:
             raise LayerFailed(self._driver.path, self.failure)
 
@@ -79,7 +81,11 @@ class Flusher:
             mine.set(None)
 
     async def _flush_once(self) -> None:
-        staged = self._driver.stage()
+        try:
+            staged = self._driver.stage()
+        except CorruptError as error:
+            self.fail(error)  # the file was cut under us, and what was staged is gone with it
+            raise
         try:
             await self._driver.data.sync()
         except BaseException as error:

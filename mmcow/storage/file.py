@@ -103,7 +103,7 @@ class File:
         self._buffered: Handle | None = None if handle.direct else handle
         self._can_punch = True
         self._can_zero_range = True
-        self._sync_failure: SyncFailed | None = None
+        self.sync_failure: SyncFailed | None = None
         self.unsynced = True  # a crash before this opening may have left unsynced writes
 
     @classmethod
@@ -250,11 +250,15 @@ class File:
         held = await self._take_exclusive(align_down(offset, FOLIO), 1 << 63)
         try:
             handle = self._tail_handle()
-            await self._queue.write(handle, offset, (data,))
+            try:
+                await self._queue.write(handle, offset, (data,))
+            except StorageError:
+                self.unsynced = True  # some of it may have been written all the same
+                raise
             try:
                 await self._queue.datasync(handle)
             except SyncFailed as error:
-                self._sync_failure = error  # another sync would succeed, and lie
+                self.sync_failure = error  # another sync would succeed, and lie
                 raise
             handle.drop_cache()
             self.size = max(self.size, offset + len(data))
@@ -332,9 +336,9 @@ class File:
     def sync(self) -> Completion[int]:
         """Make everything written so far durable. Raises SyncFailed, after which the state of
         what was not durable before is unknown."""
-        if self._sync_failure is not None:
+        if self.sync_failure is not None:
             failed: Completion[int] = Completion()
-            failed.fail(self._sync_failure)
+            failed.fail(self.sync_failure)
             return failed
         if not self.unsynced or self.cache is Cache.UNSAFE:
             return completed(0)
