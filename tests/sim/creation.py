@@ -13,6 +13,7 @@ from random import Random
 from mmcow.errors import MmcowError, StorageError
 from mmcow.image import create_image, open_image
 from tests.sim import images
+from tests.sim.faults import Fault
 from tests.sim.host import SimHost
 from tests.sim.images import BASE, DATA, TOP, pattern
 from tests.sim.model import Violation
@@ -34,7 +35,7 @@ _KINDS = (
 class CreateCase:
     """One creation, with power cuts at every point of it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, fault: Fault | None = None) -> None:
         self.seed = seed
         rng = Random(seed)
         self.cut_rng = Random(seed + 1)
@@ -57,10 +58,11 @@ class CreateCase:
                 self.wanted = pattern("kept", self.size)
         elif rng.random() < 0.3:
             self._put_older_image()
-        self.cuts = 0
+        self.cuts = self.calls = 0
         self.returned = False
-        self.error: MmcowError | None = None  # of a creation that faults made fail
-        self.tolerant = False
+        self.fault = fault
+        if fault is not None:
+            self.host.faults.append(fault)
 
     def _put_older_image(self) -> None:
         create_image(TOP, format="raw", size=1024, host=self.host)
@@ -73,6 +75,7 @@ class CreateCase:
     def run(self) -> None:
         """Create; cut at every call; look once more."""
         try:
+            before = self.host.calls
             self.host.watch = lambda _: self.cut()
             try:
                 create_image(
@@ -85,16 +88,24 @@ class CreateCase:
                     host=self.host,
                 )
                 self.returned = True
-            except MmcowError as error:
-                if not self.tolerant:
+            except MmcowError:
+                if self.fault is None:
                     raise
-                self.error = error
+                self._check_tidy()
+            self.calls = self.host.calls - before
             self.host.watch = None
             self.host.faults.clear()
             self.cut()
             self.examine(self.host)
         except Exception as error:
             raise Violation(self.tell(error)) from error
+
+    def _check_tidy(self) -> None:
+        """After one failure nothing half-made is left behind."""
+        left = [name for name in self.host.names(images.DIRECTORY) if "mmcow-new" in name]
+        assert self.fault is not None
+        if self.fault.once and self.fault.struck and left:
+            raise Violation(f"left behind: {left}")
 
     def cut(self) -> None:
         """Cut the power here."""
@@ -138,7 +149,6 @@ class CreateCase:
             f"{type(error).__name__}: {error}",
             f"create {what}, base {self.backing}, replacing {replaced}",
             f"creation seed {self.seed}",
-            *(f"fault: {fault}" for fault in self.host.faults),
             "storage calls, oldest first:",
             *(f"  {line}" for line in self.host.story()),
         ]

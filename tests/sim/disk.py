@@ -140,13 +140,17 @@ class Inode:
                 self.lost.add(sector)
 
     def drop_cache(self) -> None:
-        """Clean sectors are read from the disk again: what a failed sync lost disappears."""
-        for sector in sorted(self.lost):
-            if sector not in self.versions:
-                at = sector * SECTOR
-                data = self._sector(self.durable, sector)
-                self.live[at : at + SECTOR] = data[: max(len(self.live) - at, 0)]
-        self.lost = {s for s in self.lost if s in self.versions}
+        """What is clean is read from the disk again: what a failed sync lost disappears."""
+        lost = {sector for sector in self.lost if sector not in self.versions}
+        self.lost -= lost
+        if not self.lengths and self.length != self.durable_length:
+            self.length = self.durable_length
+            live, self.live = self.live, bytearray(self.durable)
+            for sector in self.versions:
+                self.live[sector * SECTOR : (sector + 1) * SECTOR] = self._sector(live, sector)
+        for sector in lost:
+            end = min((sector + 1) * SECTOR, len(self.live))
+            self.live[sector * SECTOR : end] = self.durable[sector * SECTOR : end]
 
     def survivor(self, rng: Random, in_flight: Iterable[Change]) -> Inode:
         """The file as found after a power cut now."""

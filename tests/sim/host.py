@@ -105,6 +105,10 @@ class SimHost:
         inode = self._find(path, "content")
         return inode.read(0, inode.length)
 
+    def drop_cache(self, path: str) -> None:
+        """Readers see what the disk has, wherever nothing waits to be written."""
+        self._find(path, "drop_cache").drop_cache()
+
     def names(self, directory: str) -> list[str]:
         """Names in a directory."""
         return sorted(self.directories[os.path.normpath(directory)].live)

@@ -20,7 +20,7 @@ from itertools import product
 from random import Random
 from typing import Any
 
-from mmcow.errors import MmcowError
+from mmcow.errors import MmcowError, SyncFailed
 from mmcow.image import Image, open_image
 from mmcow.jobs.commit import commit
 from mmcow.jobs.stream import stream
@@ -56,6 +56,7 @@ class Case:
         self.cache = cache or self.rng.choice(("none", "none", "none", "writeback"))
         self.machine = machine or random_machine(self.rng)
         self.cuts = 0
+        self.calls = 0  # storage calls until the process ended
         self.done: list[str] = []
         self.host = SimHost(seed, self.machine)
         content = images.put(self.host, shape)
@@ -122,13 +123,22 @@ class Case:
             host=host,
         )
 
-    def close(self) -> None:
-        """Close the image if it is open: that flushes."""
+    def close(self) -> bool:
+        """Close the image if it is open: that flushes, unless an earlier sync has failed. Returns
+        whether everything is durable."""
         image, self.image = self.image, None
-        if image is not None:
-            began = self.model.begin_flush()
+        if image is None:
+            return True
+        began = self.model.begin_flush()
+        failed = image.engine.flusher.failure is not None
+        try:
             image.close()
+        except MmcowError as error:
+            self._failed(error)
+            return False
+        if not failed:
             self.model.flushed(began)
+        return not failed
 
     def abandon(self) -> None:
         """The process that had the image open is gone: nothing is flushed, nothing released."""
@@ -137,6 +147,7 @@ class Case:
             return
         image._closed = True
         self.host.watch = None
+        self.host.locks.clear()
         # Left to the garbage collector, a coroutine's clean-up could meet metadata freed before it.
         for task in self.tasks:
             if not task.done:
@@ -219,7 +230,10 @@ class Case:
         self._go_on(how, found or getattr(host, how)(self.cut_rng))
 
     def do_look(self) -> None:
-        self.observe()
+        try:
+            self.observe()
+        except MmcowError as error:
+            self._failed(error)
 
     def do_resize(self, size: int) -> None:
         assert self.image is not None
@@ -228,10 +242,13 @@ class Case:
         self.model.begin_resize(size)
         try:
             self.image.resize(size, shrink=True)
+        except SyncFailed as error:
+            self._failed(error)  # either size from now on, until the disk is opened again
         except MmcowError as error:
             self._failed(error)
-            return
-        self.model.resized(size)
+            self.model.resized(self.image.size)
+        else:
+            self.model.resized(size)
 
     def do_stream(self, *ops: Op) -> None:
         """Pull everything up from below while other requests are under way."""
@@ -251,8 +268,14 @@ class Case:
         assert self.image is not None
         if not self.image.engine.top.info.has_backing:
             return
-        content = read_all(self.image)
-        self.close()
+        try:
+            content = read_all(self.image)
+        except MmcowError as error:
+            self._failed(error)
+            return
+        if not self.close():
+            self.reopen(clean=False)
+            return
         stamped, self.stamped = self.stamped, False
         if not self.shape.chain:
             self.bases.append(content)
@@ -269,7 +292,7 @@ class Case:
         else:
             self.stamped = stamped
             self._check_merged(content)
-        self.open()
+        self.reopen(clean=True)
 
     def _check_merged(self, content: bytes) -> None:
         """After a commit the base alone is the disk, and keeps what it has beyond its end."""
@@ -282,7 +305,11 @@ class Case:
         self.bases = [found]
 
     def do_reopen(self) -> None:
-        self.close()
+        self.reopen(clean=self.close())
+
+    def reopen(self, *, clean: bool) -> None:
+        """Open the disk after it was closed; without a fault that was always ``clean``."""
+        assert clean
         self.open()
 
     def do_crash(self) -> None:
@@ -313,6 +340,7 @@ class Case:
     def _move_to(self, host: SimHost) -> None:
         self.abandon()
         self.host.watch = None
+        self.calls += self.host.calls
         host.log.extend(self.host.log)
         self.host = host
         self._watch()
@@ -485,7 +513,6 @@ class Case:
             f"disk: {self.shape}",
             f"machine: {self.machine}, cache={self.cache}",
             f"seed {self.seed}; operations: {'; '.join(self.done)}",
-            *(f"fault: {fault}" for fault in self.host.faults),
             f"the last {STORY} storage calls, oldest first:",
             *(f"  {line}" for line in self.host.story()[-STORY:]),
         ]
