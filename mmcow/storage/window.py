@@ -221,14 +221,13 @@ class Window:
         """Find out why a mapped page could not be read: the file ends there, or the disk failed."""
         if error.errno != errno.EFAULT:
             return error
+        length = self._handle.size()
+        if length < min(self._expected, self.size):
+            return CorruptError(self.path, "length", length, "the file was truncated while open")
         try:
-            there = self._handle.read_at(align_down(offset, self._unit), self._unit)
+            self._handle.read_at(align_down(offset, self._unit), self._unit)
         except StorageError as cause:
             return cause
-        if not there:
-            return CorruptError(
-                self.path, "length", self._handle.size(), "the file was truncated while open"
-            )
         return StorageError(errno.EIO, "read of metadata", self.path, offset)
 
     def close(self) -> None:

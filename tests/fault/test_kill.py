@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(3600)]
 
 # Shared by the tests of this file: short enough for `make test`.
-SECONDS = float(os.environ.get("MMCOW_KILL_SECONDS", "40"))
+SECONDS = float(os.environ.get("MMCOW_KILL_SECONDS", "25"))
 # A round's length is drawn from these: the start of the child, the first requests, the flow.
 MOMENTS = ((0.0, 0.03), (0.0, 0.03), (0.03, 0.3))
 

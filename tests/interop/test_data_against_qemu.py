@@ -177,8 +177,7 @@ def assert_same_disk(one: Path, other: Path) -> None:
     assert ended.returncode == 0, ended.stdout
 
 
-@pytest.mark.parametrize("backend", ["io_uring", "threads"])
-@pytest.mark.parametrize("cache", ["none", "writeback"])
+@pytest.mark.parametrize(("backend", "cache"), [("io_uring", "none"), ("threads", "writeback")])
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain.name)
 def test_random_traffic_is_read_back_by_qemu(tmp_path, rng, chain, cache, backend):
     requires("qemu-img", "qemu-io")

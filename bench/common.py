@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""What every measurement here shares: rounds that interleave, medians, a description of the host.
+
+One run of a cell says little on a machine that also does other things: cells are run in many
+rounds, each round in another random order, and the median and quartiles over the rounds are kept.
+Compare cells of one result file only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import mmcow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Spread(NamedTuple):
+    """Median and quartiles of a cell's rounds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0], len(values))
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high, len(values))
+
+    def as_json(self) -> dict[str, float]:
+        """Rounded to four digits: more would be noise."""
+        shown = {name: float(f"{value:.4g}") for name, value in self._asdict().items()}
+        return shown | {"rounds": self.rounds}
+
+
+def interleave(
+    cells: Sequence[Hashable],
+    measure: Callable[[Any], dict[str, float]],
+    *,
+    rounds: int,
+    seed: int,
+    say: Callable[[str], None] = print,
+) -> dict[Any, dict[str, Spread]]:
+    """Measure every cell once a round, each round in another order."""
+    rng = random.Random(seed)
+    found: dict[Any, dict[str, list[float]]] = {cell: {} for cell in cells}
+    begin = time.monotonic()
+    for number in range(rounds):
+        order = list(cells)
+        rng.shuffle(order)
+        for cell in order:
+            for name, value in measure(cell).items():
+                found[cell].setdefault(name, []).append(value)
+        say(f"round {number + 1} of {rounds}, {time.monotonic() - begin:.0f} s")
+    return {
+        cell: {name: Spread.of(values) for name, values in measures.items()}
+        for cell, measures in found.items()
+    }
+
+
+def describe_host(folder: Path) -> dict[str, Any]:
+    """What a reader needs to judge the figures by; no names."""
+    cpu = "unknown"
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    memory = next(int(x.split()[1]) for x in _lines("/proc/meminfo") if x.startswith("MemTotal"))
+    return {
+        "cpu": cpu,
+        "cpus": os.cpu_count(),
+        "memory_gib": round(memory / (1 << 20), 1),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "file_system": _file_system(folder),
+        "python": platform.python_version(),
+        "mmcow": mmcow.__version__,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of file system that holds ``folder``."""
+    best, kind = "", "unknown"
+    real = os.path.realpath(folder)
+    for line in _lines("/proc/mounts"):
+        _, point, found = line.split()[:3]
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, found
+    return kind
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """Write a result next to the others."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def size_name(size: int) -> str:
+    """4096 as "4K"."""
+    for unit, name in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
+        if size >= unit and size % unit == 0:
+            return f"{size // unit}{name}"
+    return str(size)
