@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -26,6 +27,7 @@ from tests.interop.tools import run as run_program
 pytestmark = pytest.mark.interop
 
 KIB, MIB = 1 << 10, 1 << 20
+DEMO = Path(__file__).parents[2] / "docs" / "demo.sh"
 MAP_KEYS = ("start", "length", "depth", "present", "zero", "data")
 # What differs from run to run: times and rates.
 TIMES = re.compile(r"\d+ ops; .*\)$", flags=re.MULTILINE)
@@ -634,3 +636,10 @@ def test_command_as_a_process():
     assert mine.status == theirs.status == 1
     assert mine.out == theirs.out.replace("qemu-io> ", "")
     assert mmcow_process("compare", "a.raw", "nosuch").status == 2
+
+
+def test_demo_runs_to_its_end():
+    requires("mke2fs", "e2fsck", "debugfs")
+    ended = run_program("bash", DEMO)
+    assert ended.stdout.endswith("\ndemo: done\n")
+    assert ended.stdout.count("base.raw: OK\n") == 2
