@@ -91,8 +91,11 @@ class Flusher:
         except BaseException as error:
             self.fail(error)
             raise
+        # A sync below a write may have failed meanwhile; one that came after it would lie.
+        self.check()
         if staged is not None:
             await self._write_groups(staged)
+            self.check()
             self._driver.settled(staged)
 
     async def _write_groups(self, staged: Staged) -> None:
