@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import count, cycle
 from typing import TYPE_CHECKING
 
 import pytest
 
 import mmcow
+from mmcow.jobs.rebase import rename
 from mmcow.storage.linux import LinuxHost
 from tests.fault.disks import KINDS, Subject, explain
 from tests.fault.writer import Disk, Writer, churn, errors, events
@@ -126,6 +128,37 @@ def test_killed_while_creating(tmp_path, rng):
         left = [name for name in os.listdir(folder) if name.endswith(".mmcow-new")]
         assert len(left) <= 1, left
     print(f"create: {rounds} kills")
+
+
+def test_killed_while_renaming(tmp_path, rng):
+    """A pair that moves to and fro (rebase -u): the image names the one base or the other."""
+    content = os.urandom(1 << 20)
+    names = ["base", "a-base-with-a-longer-name", "b" * 200]
+    for name in names:
+        (tmp_path / name).write_bytes(content)
+    path = tmp_path / "disk"
+
+    def work(log: Log) -> None:
+        for number in count():
+            rename(path, backing=names[number % 3])
+
+    end = time.monotonic() + SECONDS * 0.05
+    kills = 0
+    for format_, options in cycle((("add-cow", {}), ("add-cow", {"compat": "v7"}), ("cow", {}))):
+        mmcow.create(path, format=format_, backing="base", backing_format="raw", options=options)
+        with mmcow.open(path, format=format_, write=True) as image:
+            image.write(5000, b"\x5a" * 5000)
+        for _ in range(5):
+            kill_sometime(Writer(work), rng)
+            kills += 1
+            with mmcow.open(path, format=format_, write=True) as image:
+                assert image.read(0, 1 << 20) == content[:5000] + b"\x5a" * 5000 + content[10000:]
+                assert image.chain[0].backing in names
+        path.unlink()
+        (tmp_path / "disk.raw").unlink(missing_ok=True)
+        if time.monotonic() > end:
+            break
+    print(f"rename: {kills} kills")
 
 
 def test_a_killed_writer_leaves_no_lock(tmp_path, rng):

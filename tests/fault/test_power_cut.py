@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import time
 from contextlib import ExitStack
 from copy import deepcopy
@@ -18,18 +19,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import mmcow.jobs.commit
 from tests.fault.disks import KINDS, Subject, explain
 from tests.fault.model import decode
 from tests.fault.test_kill import SECONDS
-from tests.fault.writer import Writer, churn, errors, events
+from tests.fault.writer import Writer, churn, errors, events, flush, write_batch
 from tests.interop.tools import mount_image, mounted, requires, requires_fs, run, sha256
 
 if TYPE_CHECKING:
-    import random
     from pathlib import Path
 
     from tests.fault.disks import Kind
     from tests.fault.model import Model
+    from tests.fault.writer import Disk, Log
 
 pytestmark = [
     pytest.mark.fault,
@@ -97,8 +99,30 @@ def test_the_cut_is_real(clones, rng):
     assert any("sector" in text for text in wrong)
 
 
+def commit_for_ever(disk: Disk, seed: int, first: int, log: Log) -> None:
+    """Write, flush, merge into the base, again and again: the overlay reads the same throughout."""
+    mmcow.jobs.commit.BATCH = 64 << 10
+    rng = random.Random(seed)
+    while True:
+        with disk.open(write=True) as image:
+            for _ in range(3):
+                first = write_batch(image, rng, first, log)
+            first = flush(image, first, log)
+        mmcow.jobs.commit.commit(disk.path, format=disk.format)
+
+
+@pytest.mark.parametrize("fs", ["ext4", "xfs", "btrfs"] if LONG else ["ext4"])
+def test_power_cut_while_committing(clones, rng, fs):
+    kind = rng.choice([k for k in KINDS if k.name in ("v20-4k", "v20-64k", "v20-16k-garbage")])
+    cuts, flushes, wrong = cut(
+        clones, rng, fs, kind, cache="none", seconds=SECONDS * 0.05, work=commit_for_ever
+    )
+    assert not wrong, explain(wrong)
+    print(f"commit on {fs}, {kind.name}: {cuts} cuts, {flushes} flushes before the last")
+
+
 def cut(
-    clones: Path, rng: random.Random, fs: str, kind: Kind, *, cache: str, seconds: float
+    clones: Path, rng: random.Random, fs: str, kind: Kind, *, cache: str, seconds: float, work=churn
 ) -> tuple[int, int, list[str]]:
     """Cut again and again while a writer is at work; stops at the first that went wrong."""
     requires_fs(fs)
@@ -115,7 +139,9 @@ def cut(
         run("sync", "-f", point)  # the base is not mmcow's to make durable
         seed = rng.randrange(1 << 32)
         disk = subject.disk._replace(size_most=1 << 20)
-        writer = Writer(lambda log: churn(disk, seed, 1, log))
+        if work is commit_for_ever:
+            subject.hashes.clear()  # the base is to change
+        writer = Writer(lambda log: work(disk, seed, 1, log))
         stack.callback(writer.kill)
         while not wrong and (cuts == 0 or time.monotonic() < end):
             alive = writer.drain(rng.uniform(0.001, 0.15))

@@ -137,12 +137,13 @@ def churn(disk: Disk, seed: int, first: int, log: Log) -> None:
             if roll < 0.12 and disk.resizable:
                 number = _resize(image, disk, rng, number, log)
             elif roll < 0.35:
-                number = _flush(image, number, log)
+                number = flush(image, number, log)
             else:
-                number = _batch(image, rng, number, log)
+                number = write_batch(image, rng, number, log)
 
 
-def _flush(image: mmcow.Image, number: int, log: Log) -> int:
+def flush(image: mmcow.Image, number: int, log: Log) -> int:
+    """Flush; returns the next operation's number."""
     log(at="begin", op="flush", n=number)
     image.flush()
     log(at="end", op="flush", n=number)
@@ -157,7 +158,7 @@ def _resize(image: mmcow.Image, disk: Disk, rng: random.Random, number: int, log
     return number + 1
 
 
-def _batch(image: mmcow.Image, rng: random.Random, number: int, log: Log) -> int:
+def write_batch(image: mmcow.Image, rng: random.Random, number: int, log: Log) -> int:
     """Up to eight requests at once, perhaps with a flush among them."""
     running = []
     for offset, length in _ranges(rng, image.size, rng.randrange(1, 9)):
