@@ -5,9 +5,13 @@ Owns: the connection's two phases, buffers, back-pressure, the end.
 Never: blocks the loop; interprets the negotiation (``handshake``); trusts a length before it is
 checked.
 
-Bounds, so that no client can exhaust the server: a client that has ``REQUESTS_MOST`` requests or
-``BYTES_MOST`` bytes in flight, or does not read its replies, is not read from; one that does not
+Bounds, so that no client can exhaust the server: a request is begun only while fewer than
+``REQUESTS_MOST`` are in flight, and only where its buffer finds room beside what this client
+(``BYTES_MOST``) and all of them (``memory``) hold; a buffer counts until its reply has left.
+Otherwise the client is not read from, as when it does not read its replies. One that does not
 finish the negotiation in ``HANDSHAKE_SECONDS`` is dropped.
+
+Replies that become ready together leave together, in one send.
 """
 
 from __future__ import annotations
@@ -33,13 +37,22 @@ log = logging.getLogger("mmcow.nbd")
 
 HANDSHAKE_SECONDS = 30.0
 REQUESTS_MOST = 128
-BYTES_MOST = 64 << 20
+BYTES_MOST = 32 << 20
+# What is received at once, while options are negotiated and after.
+RECEIVE_OPTIONS = 4 << 10
 RECEIVE = 64 << 10
 # Room before a payload for the reply's head, so that both leave in one send without a copy, while
 # the payload stays aligned for direct I/O.
 HEAD_ROOM = 4096
+# Replies up to this size are copied together to leave in one send; larger ones go by themselves.
+JOIN_MOST = 64 << 10
+# Whether a read meets nothing but zeros is looked up before it is begun; a small one costs less
+# read than looked up.
+HOLE_LEAST = 32 << 10
 
+_REQUEST = wire.REQUEST.size
 _READ_HEAD = struct.Struct(">IHHQIQ")  # chunk head and the offset of OFFSET_DATA
+_NO_PAYLOAD = memoryview(b"")
 _CHANGES = frozenset((wire.CMD_WRITE, wire.CMD_TRIM, wire.CMD_WRITE_ZEROES))
 _VERBS = {
     wire.CMD_READ: "read",
@@ -57,49 +70,66 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, server: Server) -> None:
         self.export: Export | None = None
+        self.memory = 0  # bytes of buffers that the server keeps for this client
         self._server = server
         self._loop = server.loop
         self._transport: Any = None
+        self._encrypted = False
         self._handshake: Handshake | None = Handshake(
             server.exports, tls_required=server.tls is not None
         )
         self._deadline: asyncio.TimerHandle | None = None
         self._structured = False
         self._contexts: list[tuple[int, str]] = []
-        self._receive = memoryview(bytearray(RECEIVE))
-        self._have = 0  # bytes of an incomplete request at the start of _receive
+        self._receive = memoryview(bytearray(RECEIVE_OPTIONS))
+        self._at = 0  # what was received and is not begun yet is _receive[_at:_have]
+        self._have = 0
         self._request: wire.Request | None = None  # a WRITE whose payload is coming
-        self._payload = memoryview(b"")
+        self._payload = _NO_PAYLOAD
         self._filled = 0
+        self._skip = 0  # bytes to come of a refused WRITE's payload
+        self._refused: tuple[wire.Request, int, str] | None = None
         self._requests = 0
-        self._bytes = 0
+        self._out: list[bytes | memoryview] = []  # replies that leave together
+        self._out_memory = 0  # of the buffers in _out
+        self._unread_memory = 0  # of replies that the client has not read
+        self._in_turn = False
+        self._started = False  # a request was begun in this turn
+        self._write_due = False
         self._held: set[str] = set()  # why the client is not read from
+        self._paused = False
         self._leaving = False
         self._gone = False
 
     # ---- asyncio's side ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A client connected, or TLS is up on this connection."""
+        """A client connected."""
         self._transport = transport
-        if self._deadline is not None:
+        if not self._server.joined(self):
+            self._gone = True
+            self._transport.abort()
             return
         self._deadline = self._loop.call_later(HANDSHAKE_SECONDS, self._too_slow)
-        self._server.joined(self)
         self._send_handshake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone. Its requests in flight run to their end, unanswered."""
+        if self._gone:
+            return
         self._gone = True
         self._end_handshake()
-        self._request = None
-        self._payload = memoryview(b"")
+        unfinished = 0 if self._request is None else self._request.length
+        self._request, self._payload = None, _NO_PAYLOAD
+        self._out = []
+        self._give_memory(unfinished + self._out_memory + self._unread_memory)
+        self._server.memory.forget(self)
         self._server.left(self)
 
     def eof_received(self) -> bool:
         """The client sends no more: finish what it asked for, then close."""
         self._leave()
-        return True
+        return not self._encrypted  # TLS knows no half-closed connection
 
     def pause_writing(self) -> None:
         """The client does not read its replies."""
@@ -107,7 +137,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         """It does again."""
-        self._release("replies")
+        unread, self._unread_memory = self._unread_memory, 0
+        self._give_memory(unread)
+        self._release("replies", "requests", "memory")
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes go: straight into the payload of a write, if one is coming."""
@@ -117,28 +149,36 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes came."""
-        try:
+        if self._handshake is not None:
+            self._guarded(partial(self._negotiate, self._handshake, self._receive[:nbytes]))
+        elif self.export is not None:
             if self._request is not None:
                 self._filled += nbytes
-                self._finish_payload()
-            elif self._handshake is not None:
-                self._negotiate(self._handshake, self._receive[:nbytes])
             else:
-                self._parse(self._have + nbytes)
+                self._have += nbytes
+            self._turn(self.export)
+
+    def _guarded(self, work: Any) -> None:
+        try:
+            work()
         except wire.ProtocolError as error:
-            log.warning("client dropped: %s", error)
-            self._transport.abort()
-        if self.export is not None:
-            self.export.image.reactor.poll()  # hand what was begun to the kernel, as one batch
+            self.drop(str(error))
 
     # ---- negotiation ----
+
+    @property
+    def negotiating_since(self) -> float | None:
+        """When the client connected (in the loop's time), until it is served."""
+        if self._handshake is None or self._deadline is None:
+            return None
+        return self._deadline.when() - HANDSHAKE_SECONDS
 
     def _negotiate(self, handshake: Handshake, data: memoryview) -> None:
         step = handshake.feed(data)
         self._send_handshake()
         if step is Step.CLOSE:
             self._end_handshake()
-            self._transport.close()
+            self._leave()
         elif step is Step.TLS:
             self._hold("tls")
             self._server.background(self._start_tls(handshake))
@@ -152,17 +192,25 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport.write(out)
 
     async def _start_tls(self, handshake: Handshake) -> None:
-        handshake.encrypted()
+        transport = None
         try:
-            await self._loop.start_tls(
-                self._transport, self, self._server.tls, server_side=True,  # type: ignore[arg-type]
-                ssl_handshake_timeout=HANDSHAKE_SECONDS,
-            )  # fmt: skip
+            if not self._gone and not self._transport.is_closing():
+                transport = await self._loop.start_tls(
+                    self._transport, self, self._server.tls,  # type: ignore[arg-type]
+                    server_side=True, ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                )  # fmt: skip
         except (TimeoutError, OSError) as error:  # ssl.SSLError is an OSError
             log.warning("client dropped: TLS: %s", error)
-            self._transport.abort()
-            return
-        self._release("tls")
+        finally:
+            # asyncio does not tell the protocol of a connection that ends in TLS's handshake.
+            if transport is None:
+                self._transport.abort()
+                self.connection_lost(None)
+        if transport is not None:
+            self._transport = transport
+            self._encrypted = True
+            handshake.encrypted()
+            self._release("tls")
 
     def _transmit(self, handshake: Handshake) -> None:
         export = handshake.export
@@ -173,10 +221,11 @@ class Connection(asyncio.BufferedProtocol):
         self._contexts = handshake.contexts
         export.connections += 1
         log.info("client attached to export %r", export.name)
-        rest = handshake.rest()
-        if rest:  # never more than was received at once: it fits
-            self._receive[: len(rest)] = rest
-            self._parse(len(rest))
+        rest = handshake.rest()  # the first requests; never more than was received at once
+        self._receive = memoryview(bytearray(RECEIVE))
+        self._receive[: len(rest)] = rest
+        self._have = len(rest)
+        self._turn(export)
 
     def _end_handshake(self) -> None:
         self._handshake = None
@@ -185,115 +234,179 @@ class Connection(asyncio.BufferedProtocol):
 
     def _too_slow(self) -> None:
         if self._handshake is not None and not self._gone:
-            log.warning("client dropped: negotiation not finished in %g s", HANDSHAKE_SECONDS)
-            self._transport.abort()
+            self.drop(f"negotiation not finished in {HANDSHAKE_SECONDS:g} s")
 
     # ---- requests ----
 
-    def _parse(self, have: int) -> None:
-        """Take every complete request out of the first ``have`` bytes received."""
-        at = 0
-        size = wire.REQUEST.size
-        while have - at >= size and not self._leaving:
-            request = wire.parse_request(self._receive[at : at + size])
-            at += size
-            if request.command == wire.CMD_WRITE:
-                at += self._begin_payload(request, self._receive[at:have])
-                if self._request is not None:
-                    break
-            else:
-                self._start(request)
-        self._have = have - at if self._request is None else 0
-        if self._have and at:
-            self._receive[: self._have] = bytes(self._receive[at:have])
-
-    def _begin_payload(self, request: wire.Request, data: memoryview) -> int:
-        """Take what is there of a write's payload; returns how much."""
-        if request.length > wire.PAYLOAD_MOST:
-            raise wire.ProtocolError(f"write of {request.length} bytes")
-        self._payload = aligned(request.length)
-        self._filled = min(request.length, len(data))
-        self._payload[: self._filled] = data[: self._filled]
-        self._request = request
-        taken = self._filled
-        self._finish_payload()
-        return taken
-
-    def _finish_payload(self) -> None:
-        request = self._request
-        if request is not None and self._filled == request.length:
-            payload, self._payload, self._request = self._payload, memoryview(b""), None
-            self._start(request, payload)
-
-    def _start(self, request: wire.Request, payload: memoryview | None = None) -> None:
-        """Hand one request to the engine; its completion sends the reply."""
-        if request.command == wire.CMD_DISC:
-            self._leave()
-            return
-        export = self.export
-        assert export is not None
-        problem = self._refusal(export, request)
-        if problem is not None:
-            self._send_error(request, *problem)
-            return
-        if request.command == wire.CMD_BLOCK_STATUS:
-            self._send_block_status(export, request)
-            return
-        began = time.monotonic()
-        buffer = payload
-        if request.command == wire.CMD_READ:
-            if self._structured and self._send_hole(export, request):
-                return
-            buffer = aligned(HEAD_ROOM + request.length)
-        self._enter(request.length)
+    def _turn(self, export: Export) -> None:
+        """Begin what was received, hand it to the kernel as one batch, send what is ready."""
+        self._in_turn = True
+        self._started = False
+        reactor = export.image.reactor
         try:
-            with export.image.reactor.lock:
-                completion = self._begin(export, request, buffer)
+            with reactor.lock:
+                self._parse(export)
+            if self._started:
+                reactor.poll()
+        except wire.ProtocolError as error:
+            self.drop(str(error))
+        finally:
+            self._in_turn = False
+        self._write_out()
+
+    def _parse(self, export: Export) -> None:
+        """Begin every complete request received, until the client has to wait."""
+        if self._request is not None:
+            if self._filled < self._request.length:
+                return
+            self._end_payload(export, self._request)
+        while not self._held and not self._leaving:
+            if self._skip:
+                self._skip_payload()
+            if self._have - self._at < _REQUEST:
+                break
+            if not self._begin(export, wire.parse_request(self._receive, self._at)):
+                break
+        if self._at == self._have:
+            self._at = self._have = 0
+        elif self._at and not self._held:  # the beginning of a request
+            rest = bytes(self._receive[self._at : self._have])
+            self._at, self._have = 0, len(rest)
+            self._receive[: self._have] = rest
+
+    def _begin(self, export: Export, request: wire.Request) -> bool:
+        """Begin one request, or refuse it; False where it has to wait."""
+        command, length = request.command, request.length
+        problem = self._refusal(export, request)
+        if command == wire.CMD_WRITE and length > wire.PAYLOAD_MOST:
+            raise wire.ProtocolError(f"write of {length} bytes")
+        if problem is not None:
+            self._at += _REQUEST
+            if command == wire.CMD_WRITE and length:
+                self._skip, self._refused = length, (request, *problem)
+            else:
+                self._send_error(request, *problem)
+            return True
+        carries_data = command in (wire.CMD_READ, wire.CMD_WRITE)
+        if not self._admit(length if carries_data else 0):
+            return False
+        self._at += _REQUEST
+        if command == wire.CMD_WRITE:
+            self._begin_payload(export, request)
+        elif command == wire.CMD_DISC:
+            self._leave()
+        elif command == wire.CMD_BLOCK_STATUS:
+            self._send_block_status(export, request)
+        else:
+            self._start(export, request, None)
+        return True
+
+    def _admit(self, length: int) -> bool:
+        """Whether one more request, with a buffer of ``length``, may be begun now."""
+        memory = self.memory
+        if self._requests >= REQUESTS_MOST or (memory and memory + length > BYTES_MOST):
+            self._hold("requests")
+            return False
+        if length:
+            if not self._server.memory.take(self, length):
+                self._hold("memory")
+                return False
+            self.memory += length
+        return True
+
+    def _begin_payload(self, export: Export, request: wire.Request) -> None:
+        """Take what is there of a write's payload; the rest is received in place."""
+        there = min(request.length, self._have - self._at)
+        self._payload = aligned(request.length)
+        self._payload[:there] = self._receive[self._at : self._at + there]
+        self._at += there
+        self._filled = there
+        self._request = request
+        if there == request.length:
+            self._end_payload(export, request)
+
+    def _end_payload(self, export: Export, request: wire.Request) -> None:
+        payload, self._payload, self._request = self._payload, _NO_PAYLOAD, None
+        self._start(export, request, payload)
+
+    def _skip_payload(self) -> None:
+        """Pass over the payload of a write that was refused, then say so."""
+        there = min(self._skip, self._have - self._at)
+        self._at += there
+        self._skip -= there
+        if not self._skip and self._refused is not None:
+            refused, self._refused = self._refused, None
+            self._send_error(*refused)
+
+    def _start(self, export: Export, request: wire.Request, payload: memoryview | None) -> None:
+        """Hand one request to the engine; its completion sends the reply."""
+        buffer = payload
+        began = time.monotonic()
+        self._requests += 1
+        self._started = True
+        try:
+            if request.command == wire.CMD_READ:
+                if self._structured and request.length >= HOLE_LEAST:
+                    hole = export.reads_zero(request.offset, request.length)
+                    if hole:
+                        self._done(request)
+                        self._send_hole(export, request)
+                        return
+                buffer = aligned(HEAD_ROOM + request.length)
+            completion = self._verb(export, request, buffer)
         except MmcowError as error:
-            self._leave_request(request.length)
+            self._done(request)
             self._send_error(request, wire.error_of(error), str(error))
             return
         completion.on_done(partial(self._finish, request, buffer, began))
 
     def _refusal(self, export: Export, request: wire.Request) -> tuple[int, str] | None:
         """Why a request cannot even be begun."""
-        flags, offset, length = request.flags, request.offset, request.length
-        command = request.command
+        flags, command = request.flags, request.command
         known = wire.KNOWN_FLAGS.get(command)
-        changes = command in _CHANGES
-        error, text = wire.EINVAL, ""
         if known is None:
-            text = f"unknown command {command}"
-        elif flags & ~known or (flags & wire.CMD_FLAG_DF and not self._structured):
-            text = f"flags {flags:#x} do not go with command {command}"
-        elif command == wire.CMD_FLUSH and (offset or length):
-            text = "flush takes no range"
-        elif changes and export.read_only:
-            error, text = wire.EPERM, "the export is read-only"
-        elif offset + length > export.size:
-            error = wire.ENOSPC if changes else wire.EINVAL
-            text = f"{offset}+{length} is beyond {export.size}"
-        elif command == wire.CMD_READ and length > wire.PAYLOAD_MOST:
-            error, text = wire.EOVERFLOW, f"read of {length} bytes"
+            return wire.EINVAL, f"unknown command {command}"
+        if flags and (flags & ~known or (flags & wire.CMD_FLAG_DF and not self._structured)):
+            return wire.EINVAL, f"flags {flags:#x} do not go with command {command}"
+        if command in _CHANGES and export.read_only:
+            return wire.EPERM, "the export is read-only"
+        return self._range_refusal(export.size, command, request.offset, request.length)
+
+    def _range_refusal(
+        self, size: int, command: int, offset: int, length: int
+    ) -> tuple[int, str] | None:
+        error, text = wire.EINVAL, ""
+        if command == wire.CMD_DISC:
+            pass
+        elif offset + length > size:
+            text = f"{offset}+{length} is beyond {size}"
+            if command in (wire.CMD_WRITE, wire.CMD_WRITE_ZEROES):
+                error = wire.ENOSPC
+        elif command == wire.CMD_READ:
+            if length > wire.PAYLOAD_MOST:
+                text = f"read of {length} bytes"
+        elif command == wire.CMD_FLUSH:
+            if offset or length:
+                text = "flush takes no range"
         elif command == wire.CMD_BLOCK_STATUS and not (self._contexts and length):
             text = "no metadata context was agreed, or the range is empty"
         return (error, text) if text else None
 
     @staticmethod
-    def _begin(export: Export, request: wire.Request, buffer: memoryview | None) -> Completion[Any]:
-        offset, length, flags = request.offset, request.length, request.flags
+    def _verb(export: Export, request: wire.Request, buffer: memoryview | None) -> Completion[Any]:
+        flags, command, _, offset, length = request
         durable = bool(flags & wire.CMD_FLAG_FUA)
-        if request.command == wire.CMD_READ:
+        if command == wire.CMD_READ:
             assert buffer is not None
             return export.read(offset, buffer[HEAD_ROOM:])
-        if request.command == wire.CMD_WRITE:
+        if command == wire.CMD_WRITE:
             assert buffer is not None
             return export.write(offset, buffer, durable=durable)
-        if request.command == wire.CMD_FLUSH:
+        if command == wire.CMD_FLUSH:
             return export.flush()
-        if request.command == wire.CMD_TRIM:
+        if command == wire.CMD_TRIM:
             return export.trim(offset, length, durable=durable)
-        if request.command == wire.CMD_WRITE_ZEROES:
+        if command == wire.CMD_WRITE_ZEROES:
             return export.write_zeroes(
                 offset,
                 length,
@@ -314,31 +427,36 @@ class Connection(asyncio.BufferedProtocol):
     ) -> None:
         export = self.export
         assert export is not None
-        self._leave_request(request.length)
         error = completion.error
         if error is not None:
-            export.counters.errors += 1
-            log.error("export %r: %s", export.name, error)
+            self._done(request)
             self._send_error(request, wire.error_of(error), str(error))
+            export.failed(error)
             return
-        verb = _VERBS[request.command]
-        export.counters.count(verb, request.length, time.monotonic() - began)
-        if request.command == wire.CMD_READ:
+        command = request.command
+        export.counters.count(_VERBS[command], request.length, time.monotonic() - began)
+        if command == wire.CMD_READ and request.length:
             assert buffer is not None
-            self._send(self._data_reply(request, buffer))
+            self._requests -= 1
+            self._send(self._data_reply(request, buffer), request.length)
         else:
+            self._done(request)
             self._send(self._done_reply(request.cookie))
 
-    def _data_reply(self, request: wire.Request, buffer: memoryview) -> memoryview | bytes:
-        if not self._structured:
-            head = wire.simple_reply(request.cookie, 0)
-        elif request.length == 0:
-            return self._done_reply(request.cookie)  # a chunk of data must not be empty
-        else:
+    def _done(self, request: wire.Request) -> None:
+        """A request has ended and its buffer is needed no more."""
+        self._requests -= 1
+        if request.command in (wire.CMD_READ, wire.CMD_WRITE):
+            self._give_memory(request.length)
+
+    def _data_reply(self, request: wire.Request, buffer: memoryview) -> memoryview:
+        if self._structured:
             head = _READ_HEAD.pack(
                 wire.STRUCTURED_REPLY_MAGIC, wire.REPLY_FLAG_DONE, wire.REPLY_TYPE_OFFSET_DATA,
                 request.cookie, 8 + request.length, request.offset,
             )  # fmt: skip
+        else:
+            head = wire.simple_reply(request.cookie, 0)
         start = HEAD_ROOM - len(head)
         buffer[start:HEAD_ROOM] = head
         return buffer[start:]
@@ -348,37 +466,31 @@ class Connection(asyncio.BufferedProtocol):
             return wire.chunk(cookie, wire.REPLY_TYPE_NONE, 0)
         return wire.simple_reply(cookie, 0)
 
-    def _send_hole(self, export: Export, request: wire.Request) -> bool:
-        """Answer a read of known zeros without reading; False where it is not known."""
-        if not request.length or export.image.engine.gate.closed:
-            return False
-        with export.image.reactor.lock:
-            if not export.reads_zero(request.offset, request.length):
-                return False
+    def _send_hole(self, export: Export, request: wire.Request) -> None:
+        """Answer a read of known zeros without reading."""
         export.counters.count("read", request.length, 0.0)
         payload = struct.pack(">QI", request.offset, request.length)
         head = wire.chunk(request.cookie, wire.REPLY_TYPE_OFFSET_HOLE, len(payload))
         self._send(head + payload)
-        return True
 
     def _send_block_status(self, export: Export, request: wire.Request) -> None:
         one = bool(request.flags & wire.CMD_FLAG_REQ_ONE)
+        began = time.monotonic()
         out = bytearray()
         try:
             for position, (number, context) in enumerate(self._contexts):
-                with export.image.reactor.lock:
-                    extents = export.extents(request.offset, request.length, context, one=one)
-                payload = struct.pack(">I", number) + b"".join(
-                    struct.pack(">II", length, flags) for length, flags in extents
-                )
+                extents = export.extents(request.offset, request.length, context, one=one)
                 last = position == len(self._contexts) - 1
-                flags = wire.REPLY_FLAG_DONE if last else 0
-                out += wire.chunk(request.cookie, wire.REPLY_TYPE_BLOCK_STATUS, len(payload), flags)
-                out += payload
+                out += wire.block_status(request.cookie, number, extents, done=last)
         except MmcowError as error:
             self._send_error(request, wire.error_of(error), str(error))
             return
+        export.counters.count("block_status", request.length, time.monotonic() - began)
         self._send(bytes(out))
+        if self._have > self._at:
+            # It may have looked at much: others get their turn before this client's next request.
+            self._hold("turn")
+            self._loop.call_soon(self._release, "turn")
 
     def _send_error(self, request: wire.Request, error: int, text: str) -> None:
         if self._structured:
@@ -386,42 +498,105 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._send(wire.simple_reply(request.cookie, error))
 
-    def _send(self, data: bytes | memoryview) -> None:
-        if not self._gone:
-            self._transport.write(data)
+    def _send(self, reply: bytes | memoryview, memory: int = 0) -> None:
+        """Send a reply, with what else is ready: at the end of this turn, or of the loop's."""
+        if self._gone:
+            self._give_memory(memory)
+            return
+        self._out.append(reply)
+        self._out_memory += memory
+        if self._in_turn:
+            return
+        if not self._requests:
+            self._write_out()  # nothing can join it
+        elif not self._write_due:
+            self._write_due = True
+            self._loop.call_soon(self._write_out)
+
+    def _write_out(self) -> None:
+        """Send the replies that are ready."""
+        self._write_due = False
+        out = self._out
+        if out and not self._gone:
+            self._out = []
+            if len(out) == 1:
+                self._transport.write(out[0])
+            elif max(map(len, out)) <= JOIN_MOST:
+                self._transport.writelines(out)
+            else:
+                for reply in out:
+                    self._transport.write(reply)
+            memory, self._out_memory = self._out_memory, 0
+            if "replies" in self._held:
+                self._unread_memory += memory
+            elif memory:
+                self._give_memory(memory)
+        if self._held and not self._in_turn:
+            self._ease()
+        if self._leaving and not self._requests and not self._gone:
+            self._transport.close()
 
     # ---- back-pressure and the end ----
 
-    def _enter(self, length: int) -> None:
-        self._requests += 1
-        self._bytes += length
-        if self._requests >= REQUESTS_MOST or self._bytes >= BYTES_MOST:
-            self._hold("requests")
+    def _give_memory(self, length: int) -> None:
+        if length:
+            self.memory -= length
+            self._server.memory.give(length)
 
-    def _leave_request(self, length: int) -> None:
-        self._requests -= 1
-        self._bytes -= length
-        if "requests" in self._held and self._bytes < BYTES_MOST // 2:
-            self._release("requests")
-        if self._leaving and not self._requests and not self._gone:
-            # The reply of this last request is sent first.
-            self._loop.call_soon(self._transport.close)
+    def _ease(self) -> None:
+        """Read on from a client that had too much in flight, once half of that is done."""
+        if self._requests <= REQUESTS_MOST // 2 and self.memory <= BYTES_MOST // 2:
+            self._release("requests", "memory")
+
+    def room_came(self) -> None:
+        """There may be memory for the request that waits."""
+        self._release("memory")
+        if self._held:  # it cannot use the room now, so it must not stand in the way
+            self._server.memory.forget(self)
+
+    def stall(self) -> object | None:
+        """What the server waits for from this client, if for anything: see ``memory``."""
+        if self._request is None and "replies" not in self._held:
+            return None
+        return self._request, self._filled, self._transport.get_write_buffer_size()
 
     def _hold(self, why: str) -> None:
-        if not self._held and not self._gone:
-            self._transport.pause_reading()
         self._held.add(why)
+        if not self._paused and not self._gone:
+            self._paused = True
+            self._transport.pause_reading()
 
-    def _release(self, why: str) -> None:
-        self._held.discard(why)
-        if not self._held and not self._gone and not self._leaving:
+    def _release(self, *reasons: str) -> None:
+        if self._held:
+            self._held.difference_update(reasons)
+            if not self._held:
+                self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """Begin what was received before the client had to wait, then read on."""
+        if not self._paused or self._must_wait():
+            return
+        if self.export is not None:
+            self._turn(self.export)
+        if not self._must_wait():
+            self._paused = False
             self._transport.resume_reading()
+
+    def _must_wait(self) -> bool:
+        return bool(self._held) or self._gone or self._leaving
 
     def _leave(self) -> None:
         """Read no more; close once everything in flight is answered."""
         self._leaving = True
-        if not self._requests and not self._gone:
-            self._transport.close()
+        self._hold("leaving")
+        self._server.memory.forget(self)
+        if not self._requests and not self._in_turn:
+            self._write_out()
+
+    def drop(self, why: str) -> None:
+        """Close at once, for a reason."""
+        log.warning("client dropped: %s", why)
+        self._transport.abort()
 
     def abort(self) -> None:
         """Close at once."""
@@ -433,5 +608,4 @@ class Connection(asyncio.BufferedProtocol):
             self._end_handshake()
             self._transport.abort()
             return
-        self._hold("stopping")
         self._leave()

@@ -7,10 +7,12 @@ Never: speaks the wire format (``protocol``), knows connections.
 
 from __future__ import annotations
 
+import logging
 import time
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from mmcow.errors import UsageError
 from mmcow.formats.driver import Kind
 from mmcow.nbd import protocol as wire
 from mmcow.tasks import Completion, completed
@@ -21,6 +23,14 @@ if TYPE_CHECKING:
     from mmcow.aio import Image
     from mmcow.engine.lookup import Segment
     from mmcow.nbd.live import Stream
+
+log = logging.getLogger("mmcow.nbd")
+
+# Errors come in swarms, and some a guest can cause at will: not more than one line in this time.
+LOG_SECONDS = 1.0
+
+# Of a range that may read as zeros this much is looked at before all of it is.
+GLANCE = 16 << 10
 
 # Extents told in one answer to BLOCK_STATUS: bounds the answer and the time under the lock.
 EXTENTS_MOST = 8192
@@ -54,12 +64,20 @@ class Export:
     """``image`` under ``name``. Methods run in the server's loop; ``begin`` ones under the lock."""
 
     def __init__(self, name: str, image: Image, *, read_only: bool = False) -> None:
+        try:
+            encoded = name.encode()
+        except UnicodeEncodeError:  # of a file name that is not UTF-8
+            raise UsageError(f"export name {name!r}: is not UTF-8; give another one") from None
+        if len(encoded) > wire.STRING_MOST or "\0" in name:
+            raise UsageError(f"export name {name[:64]!r}: longer than 4096 bytes, or NUL in it")
         self.name = name
         self.image = image
         self.read_only = read_only or not image.writable
         self.connections = 0
         self.counters = Counters()
         self.stream: Stream | None = None  # the last one started
+        self._logged = -LOG_SECONDS
+        self._unlogged = 0
 
     @property
     def size(self) -> int:
@@ -92,8 +110,14 @@ class Export:
 
     def reads_zero(self, offset: int, length: int) -> bool:
         """Whether a range is known to read as zeros, without asking the disk for holes."""
+        if self.image.engine.gate.closed:
+            return False
+        # Its beginning first: most often that tells already, and a long range has many segments.
+        return self._all_zero(offset, min(length, GLANCE)) and self._all_zero(offset, length)
+
+    def _all_zero(self, offset: int, length: int) -> bool:
         segments = self.image.engine.lookup.resolve(offset, length)
-        return len(segments) == 1 and segments[0].kind in (Kind.ZERO, Kind.BELOW)
+        return all(segment.kind in (Kind.ZERO, Kind.BELOW) for segment in segments)
 
     def write(self, offset: int, data: memoryview, *, durable: bool) -> Completion[Any]:
         """Write ``data``; durable on completion if ``durable`` (FUA)."""
@@ -105,7 +129,7 @@ class Export:
         """Zero a range; with ``fast`` only if that costs no writing of zeros."""
         engine = self.image.engine
         if fast and not engine.zeroes_fast(may_unmap):
-            return _failed(OSError(wire.ENOTSUP, "zeroing would not be faster than writing"))
+            return _failed(wire.NotFast("zeroing would not be faster than writing"))
         return self._durably(engine.write_zeroes(offset, length, may_unmap), durable)
 
     def trim(self, offset: int, length: int, *, durable: bool) -> Completion[Any]:
@@ -128,6 +152,19 @@ class Export:
     async def _then_flush(self, completion: Completion[Any]) -> None:
         await completion
         await self.image.engine.flush()
+
+    def failed(self, error: BaseException) -> None:
+        """A request ended with an error: count it, tell the log."""
+        if isinstance(error, wire.NotFast):
+            return
+        self.counters.errors += 1
+        now = time.monotonic()
+        if now - self._logged < LOG_SECONDS:
+            self._unlogged += 1
+            return
+        more = f" (and {self._unlogged} errors before it)" if self._unlogged else ""
+        log.error("export %r: %s%s", self.name, error, more)
+        self._logged, self._unlogged = now, 0
 
     def extents(
         self, offset: int, length: int, context: str, *, one: bool

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The negotiation with one client, from greeting to the first request.
 
-Owns: which options are answered how; what was agreed (``Agreed``).
+Owns: which options are answered how; what was agreed.
 Never: does I/O: bytes of the client go in, bytes for it come out, events tell the connection what
 to do (go on to transmission, start TLS, close).
 """
@@ -32,7 +32,8 @@ class Step(Enum):
 
 
 class Handshake:
-    """One negotiation. ``tls``: "off" (not offered), "required" (nothing else before it)."""
+    """One negotiation. ``tls_required``: only STARTTLS and ABORT are answered before TLS is up;
+    without it TLS is not offered."""
 
     def __init__(self, exports: Mapping[str, Export], *, tls_required: bool) -> None:
         self.structured = False
@@ -43,6 +44,7 @@ class Handshake:
         self._tls_required = tls_required
         self._encrypted = False
         self._no_zeroes = False
+        self._fixed = False
         self._greeted = False
         self._in = bytearray()
         self._out = bytearray(wire.greeting())
@@ -61,7 +63,6 @@ class Handshake:
         self._encrypted = True
         self.structured = False
         self.contexts = []
-        self._in.clear()
 
     def feed(self, data: bytes | memoryview) -> Step:
         """Take bytes of the client; answers collect in ``take_output``. ProtocolError: close."""
@@ -90,13 +91,14 @@ class Handshake:
         del self._in[: wire.CLIENT_FLAGS.size]
         if flags & ~(wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES):
             raise wire.ProtocolError(f"unknown client flags {flags:#x}")
-        if not flags & wire.FLAG_FIXED_NEWSTYLE:
-            raise wire.ProtocolError("the client does not speak fixed newstyle")
+        self._fixed = bool(flags & wire.FLAG_FIXED_NEWSTYLE)
         self._no_zeroes = bool(flags & wire.FLAG_NO_ZEROES)
         self._greeted = True
         return True
 
     def _option(self, option: int, body: bytes) -> Step:
+        if not self._fixed and option != wire.OPT_EXPORT_NAME:
+            raise wire.ProtocolError(f"option {option} of a client without fixed newstyle")
         if self._tls_required and not self._encrypted:
             return self._option_before_tls(option, body)
         if option == wire.OPT_EXPORT_NAME:
@@ -104,7 +106,7 @@ class Handshake:
         try:
             return self._negotiate(option, body)
         except wire.BadOption as error:
-            self._reply(option, error.reply, error.text.encode())
+            self._reply(option, error.reply, wire.encode_text(error.text))
             return Step.MORE
 
     def _option_before_tls(self, option: int, body: bytes) -> Step:
@@ -118,6 +120,8 @@ class Handshake:
         if body:
             self._reply(option, wire.REP_ERR_INVALID, b"STARTTLS takes no data")
             return Step.MORE
+        if self._in:  # in clear, and taken for encrypted it could be anybody's
+            raise wire.ProtocolError("bytes came behind STARTTLS before TLS began")
         self._reply(option, wire.REP_ACK)
         return Step.TLS
 
@@ -161,13 +165,13 @@ class Handshake:
         if export is None and not name and len(self._exports) == 1:
             export = next(iter(self._exports.values()))  # one disk: the default export
         if export is None:
-            raise wire.BadOption(wire.REP_ERR_UNKNOWN, f"there is no export {name!r}")
+            raise wire.BadOption(wire.REP_ERR_UNKNOWN, f"there is no export {name[:256]!r}")
         return export
 
     def _export_name(self, body: bytes) -> Step:
         try:
-            export = self._find(body.decode())
-        except (wire.BadOption, UnicodeDecodeError):
+            export = self._find(wire.parse_text(body))
+        except wire.BadOption:
             return Step.CLOSE  # this option has no error reply
         self._out += struct.pack(">QH", export.size, export.flags(structured=self.structured))
         if not self._no_zeroes:
@@ -199,12 +203,12 @@ class Handshake:
             self.contexts = []  # they were agreed for another export
 
     def _meta_contexts(self, option: int, body: bytes) -> None:
+        setting = option == wire.OPT_SET_META_CONTEXT
+        if setting:
+            self.contexts = []  # also where it fails
         if not self.structured:
             raise wire.BadOption(wire.REP_ERR_INVALID, "structured replies come first")
         name, queries = wire.parse_contexts(body)
-        setting = option == wire.OPT_SET_META_CONTEXT
-        if setting:
-            self.contexts = []
         export = self._find(name)
         chosen = [
             (number, context)

@@ -79,15 +79,17 @@ CMD_FLAG_DF = 1 << 2
 CMD_FLAG_REQ_ONE = 1 << 3
 CMD_FLAG_FAST_ZERO = 1 << 4
 
-# Which flags each command may carry; anything else is EINVAL.
+# Which flags each command may carry; anything else is EINVAL. FUA goes with every command: some
+# clients set it where nothing is written, and there it means nothing.
 KNOWN_FLAGS = {
-    CMD_READ: CMD_FLAG_DF,
+    CMD_READ: CMD_FLAG_FUA | CMD_FLAG_DF,
     CMD_WRITE: CMD_FLAG_FUA,
-    CMD_FLUSH: 0,
+    CMD_DISC: CMD_FLAG_FUA,
+    CMD_FLUSH: CMD_FLAG_FUA,
     CMD_TRIM: CMD_FLAG_FUA,
-    CMD_CACHE: 0,
+    CMD_CACHE: CMD_FLAG_FUA,
     CMD_WRITE_ZEROES: CMD_FLAG_FUA | CMD_FLAG_NO_HOLE | CMD_FLAG_FAST_ZERO,
-    CMD_BLOCK_STATUS: CMD_FLAG_REQ_ONE,
+    CMD_BLOCK_STATUS: CMD_FLAG_FUA | CMD_FLAG_REQ_ONE,
 }
 
 REPLY_FLAG_DONE = 1 << 0
@@ -104,6 +106,7 @@ BASE_ALLOCATION = "base:allocation"
 ALLOCATION_DEPTH = "qemu:allocation-depth"
 
 EPERM, EIO, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN = 1, 5, 12, 22, 28, 75, 95, 108
+# ENOTSUP is missing: only a FAST_ZERO that would not be fast may be answered with it.
 _ERRNO = {
     errno.EPERM: EPERM,
     errno.EACCES: EPERM,
@@ -113,7 +116,6 @@ _ERRNO = {
     errno.ENOSPC: ENOSPC,
     errno.EDQUOT: ENOSPC,
     errno.EFBIG: ENOSPC,
-    errno.ENOTSUP: ENOTSUP,
 }
 
 GREETING = struct.Struct(">QQH")
@@ -142,6 +144,10 @@ class BadOption(MmcowError):
         self.text = text
 
 
+class NotFast(MmcowError):
+    """A FAST_ZERO that would not be faster than writing zeros: the client writes instead."""
+
+
 class Request(NamedTuple):
     """A request of the transmission phase, without its payload."""
 
@@ -157,9 +163,9 @@ def greeting() -> bytes:
     return GREETING.pack(NBDMAGIC, IHAVEOPT, FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES)
 
 
-def parse_request(data: bytes | bytearray | memoryview) -> Request:
+def parse_request(data: bytes | bytearray | memoryview, at: int = 0) -> Request:
     """The request in ``data`` (28 bytes). ProtocolError where it does not begin like one."""
-    magic, flags, command, cookie, offset, length = REQUEST.unpack(data)
+    magic, flags, command, cookie, offset, length = REQUEST.unpack_from(data, at)
     if magic != REQUEST_MAGIC:
         raise ProtocolError(f"request begins with {magic:#x}, not {REQUEST_MAGIC:#x}")
     return Request(flags, command, cookie, offset, length)
@@ -180,15 +186,31 @@ def chunk(cookie: int, kind: int, length: int, flags: int = REPLY_FLAG_DONE) -> 
     return CHUNK.pack(STRUCTURED_REPLY_MAGIC, flags, kind, cookie, length)
 
 
+def block_status(cookie: int, context: int, extents: list[tuple[int, int]], *, done: bool) -> bytes:
+    """What one metadata context says: (length, flags) of consecutive ranges."""
+    numbers = [number for extent in extents for number in extent]
+    payload = struct.pack(f">I{len(numbers)}I", context, *numbers)
+    flags = REPLY_FLAG_DONE if done else 0
+    return chunk(cookie, REPLY_TYPE_BLOCK_STATUS, len(payload), flags) + payload
+
+
+def encode_text(text: str) -> bytes:
+    """A string for people as the protocol wants it: UTF-8 without NUL, of bounded length."""
+    whole = text.replace("\0", "?").encode(errors="replace")
+    return whole[:STRING_MOST].decode(errors="ignore").encode()
+
+
 def error_chunk(cookie: int, error: int, text: str) -> bytes:
     """A structured error; the text is for people."""
-    message = text.encode(errors="replace")[:STRING_MOST]
+    message = encode_text(text)
     payload = struct.pack(">IH", error, len(message)) + message
     return chunk(cookie, REPLY_TYPE_ERROR, len(payload)) + payload
 
 
 def error_of(error: BaseException) -> int:
     """The NBD error for what went wrong below; EIO where it has none of its own."""
+    if isinstance(error, NotFast):
+        return ENOTSUP
     if isinstance(error, OSError) and error.errno is not None:
         return _ERRNO.get(error.errno, EIO)
     if isinstance(error, MemoryError):
@@ -208,10 +230,18 @@ def parse_name(data: bytes, at: int = 0) -> tuple[str, int]:
     end = at + 4 + length
     if len(data) < end:
         raise BadOption(REP_ERR_INVALID, "a name reaches past the option's end")
+    return parse_text(data[at + 4 : end]), end
+
+
+def parse_text(data: bytes) -> str:
+    """A string of the client."""
     try:
-        return data[at + 4 : end].decode(), end
+        text = data.decode()
     except UnicodeDecodeError:
         raise BadOption(REP_ERR_INVALID, "a name is not UTF-8") from None
+    if "\0" in text:
+        raise BadOption(REP_ERR_INVALID, "a name contains NUL")
+    return text
 
 
 def parse_info(data: bytes) -> tuple[str, list[int]]:

@@ -13,15 +13,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import socket as sockets
+import ssl
+import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from mmcow.errors import StorageError, UsageError
 from mmcow.nbd.connection import Connection
 from mmcow.nbd.export import Export
+from mmcow.nbd.memory import Memory
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable, Coroutine, Sequence
     from types import TracebackType
     from typing import Self
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
 CONNECTIONS_MOST = 1024
 BACKLOG = 128
 PARTING_SECONDS = 5.0
+# Descriptors left for images, listeners and the program around.
+DESCRIPTORS_KEPT = 128
 
 
 class Server:
@@ -62,12 +69,14 @@ class Server:
             name: Export(name, image, read_only=read_only) for name, image in images.items()
         }
         self.connections: set[Connection] = set()
+        self.memory = Memory(self.loop, self.connections)
         self.idle_since: float | None = self.loop.time()
-        self._max_connections = max_connections
+        self._max_connections = _affordable(max_connections)
         self._listeners: list[asyncio.Server] = []
-        self._paths: list[str] = []
+        self._paths: list[tuple[str, int]] = []  # with the inode, to remove nobody else's socket
         self._parted = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
+        self._closed: asyncio.Future[None] | None = None
 
     # ---- listening ----
 
@@ -79,8 +88,9 @@ class Server:
         except OSError as error:
             raise StorageError(error.errno or 0, "listen", path) from error
         self._listeners.append(listener)
-        self._paths.append(path)
-        return f"nbd+unix:///{self._default_name()}?socket={path}"
+        self._paths.append((path, os.stat(path).st_ino))
+        scheme = "nbd+unix" if self.tls is None else "nbds+unix"
+        return f"{scheme}:///{self._default_name()}?socket={quote(path)}"
 
     async def listen_tcp(self, host: str, port: int) -> str:
         """Listen on a TCP port (0: any free one). Returns an NBD URI."""
@@ -98,14 +108,10 @@ class Server:
         """Listen on sockets that somebody else bound (systemd's socket activation)."""
         for one in given:
             one.setblocking(False)
-            if one.family == sockets.AF_UNIX:
-                self._listeners.append(
-                    await self.loop.create_unix_server(self._connect, sock=one, backlog=BACKLOG)
-                )
-            else:
-                self._listeners.append(
-                    await self.loop.create_server(self._connect, sock=one, backlog=BACKLOG)
-                )
+            # Not create_unix_server, which may remove the socket's name at the end.
+            self._listeners.append(
+                await self.loop.create_server(self._connect, sock=one, backlog=BACKLOG)
+            )
 
     async def listen_control(
         self, path: str, serve: Callable[..., Coroutine[Any, Any, None]], limit: int
@@ -118,23 +124,43 @@ class Server:
             raise StorageError(error.errno or 0, "listen", path) from error
 
     def _default_name(self) -> str:
-        return next(iter(self.exports)) if len(self.exports) == 1 else ""
+        return quote(next(iter(self.exports)), safe="") if len(self.exports) == 1 else ""
 
     def _connect(self) -> asyncio.BaseProtocol:
-        if len(self.connections) >= self._max_connections:
-            return _Refusal()
         return Connection(self)
 
     # ---- what connections tell ----
 
-    def joined(self, connection: Connection) -> None:
-        """A client connected."""
+    def joined(self, connection: Connection) -> bool:
+        """A client connected. False: there are too many, or the server stops."""
+        if self._closed is not None:
+            return False
+        if len(self.connections) >= self._max_connections and not self._make_room():
+            return False
         self.connections.add(connection)
         self.idle_since = None
+        return True
+
+    def _make_room(self) -> bool:
+        """Drop the client that negotiates for the longest time, if one does: those who connect and
+        say nothing must not keep others out."""
+        waiting = [
+            (since, connection)
+            for connection in self.connections
+            if (since := connection.negotiating_since) is not None
+        ]
+        if not waiting:
+            return False
+        oldest = min(waiting, key=lambda one: one[0])[1]
+        oldest.drop("negotiates while others want to connect")
+        self.left(oldest)
+        return True
 
     def left(self, connection: Connection) -> None:
         """A client is gone."""
-        self.connections.discard(connection)
+        if connection not in self.connections:
+            return
+        self.connections.remove(connection)
         if connection.export is not None:
             connection.export.connections -= 1
         if not self.connections:
@@ -152,12 +178,18 @@ class Server:
 
     async def close(self) -> None:
         """Finish what is in flight, flush, close everything. The first error of a flush is raised
-        after all was closed."""
+        after all was closed. Further calls wait for the first."""
+        if self._closed is None:
+            self._closed = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closed)
+
+    async def _close(self) -> None:
         for listener in self._listeners:
             listener.close()
-        for path in self._paths:
+        for path, inode in self._paths:
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
         for connection in list(self.connections):
             connection.finish()
         for task in list(self._background):
@@ -170,18 +202,20 @@ class Server:
                 await export.image.close()
             except Exception as error:  # noqa: BLE001 - all are closed, the first is raised
                 first = first or error
-        await self._part()
+        await self._part(PARTING_SECONDS)  # let last replies leave
+        for connection in list(self.connections):
+            connection.abort()  # who does not read them
+        await self._part(PARTING_SECONDS)
+        self.memory.close()
         if first is not None:
             raise first
 
-    async def _part(self) -> None:
-        """Let last replies leave; then cut whoever does not read them."""
+    async def _part(self, seconds: float) -> None:
+        """Wait until every client is gone."""
         if self.connections:
             self._parted.clear()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._parted.wait(), PARTING_SECONDS)
-        for connection in list(self.connections):
-            connection.abort()
+                await asyncio.wait_for(self._parted.wait(), seconds)
 
     async def __aenter__(self) -> Self:
         return self
@@ -195,22 +229,54 @@ class Server:
         await self.close()
 
 
-class _Refusal(asyncio.Protocol):
-    """One client too many: closed at once."""
+def tls_context(folder: str | os.PathLike[str], *, verify_peer: bool = False) -> ssl.SSLContext:
+    """TLS with the files that QEMU and libnbd look for in a folder: ``server-cert.pem``,
+    ``server-key.pem``; with ``verify_peer`` a client must show a certificate of ``ca-cert.pem``.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    here = Path(folder)
+    certificate, key, authority = (
+        str(here / name) for name in ("server-cert.pem", "server-key.pem", "ca-cert.pem")
+    )
+    for path in (certificate, key, *((authority,) if verify_peer else ())):
+        if not os.access(path, os.R_OK):
+            raise UsageError(f"{path}: cannot be read; TLS needs it")
+    try:
+        context.load_cert_chain(certificate, key)
+        if verify_peer:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(authority)
+    except ssl.SSLError as error:
+        raise UsageError(f"{folder}: these certificates cannot be used: {error}") from error
+    return context
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
+
+def _affordable(connections: int) -> int:
+    """As many clients as there are descriptors for: beyond that even accepting fails."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return connections
+    return max(1, min(connections, soft - DESCRIPTORS_KEPT))
 
 
 def _remove_stale(path: str) -> None:
     """Remove a socket that nobody listens on any more; leave anything else alone."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise UsageError(f"{path}: exists and is no socket")
+    except OSError:
+        return  # nothing there, or out of reach: listening tells
     probe = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+    probe.setblocking(False)
     try:
         probe.connect(path)
     except ConnectionRefusedError:
         os.unlink(path)
+    except BlockingIOError:
+        raise UsageError(f"{path}: another server listens there") from None  # with a full queue
     except OSError:
-        pass  # nothing there, or no socket: listening tells
+        pass  # listening tells
     else:
         raise UsageError(f"{path}: another server listens there")
     finally:

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""Room for the buffers of all clients of a server together.
+
+Owns: how much memory payloads and replies may take, who waits for room, who is dropped because it
+keeps room from others.
+Never: allocates; knows what a buffer is for.
+
+Each client may always use ``SHARE``, so that a few that take everything cannot stop the others.
+Beyond that room is given in order of arrival. A client that holds more than its share, for whose
+bytes the server waits (the rest of a payload, the reading of replies) and that does not move for
+``STALL_SECONDS`` while somebody waits for room, is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Collection
+
+MEMORY_MOST = 256 << 20
+SHARE = 256 << 10
+STALL_SECONDS = 15.0
+
+
+class Holder(Protocol):
+    """A client that takes room."""
+
+    memory: int  # what it holds; it adds and subtracts by itself
+
+    def room_came(self) -> None:
+        """Trying again is worth it."""
+
+    def stall(self) -> object | None:
+        """None while the server does not wait for this client; else something that changes when
+        the client moves."""
+
+    def drop(self, why: str) -> None:
+        """Close at once."""
+
+
+class Memory:
+    """Counts; ``holders`` are all the clients there are."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, holders: Collection[Holder]) -> None:
+        self.used = 0
+        self._loop = loop
+        self._holders = holders
+        self._waiting: dict[Holder, int] = {}  # in order of arrival
+        self._watch: asyncio.TimerHandle | None = None
+
+    def take(self, holder: Holder, length: int) -> bool:
+        """Charge ``length``. False: no room yet, ``holder.room_came`` is called later."""
+        is_next = not self._waiting or next(iter(self._waiting)) is holder
+        if holder.memory + length > SHARE and not (is_next and self._fits(length)):
+            self._waiting[holder] = length
+            if self._watch is None:
+                self._look()
+            return False
+        self.used += length
+        if self._waiting:
+            self._waiting.pop(holder, None)
+            self._wake()
+        return True
+
+    def give(self, length: int) -> None:
+        """Take back what was charged."""
+        self.used -= length
+        if self._waiting:
+            self._wake()
+
+    def forget(self, holder: Holder) -> None:
+        """It is gone and waits no more."""
+        if self._waiting.pop(holder, None) is not None:
+            self._wake()
+
+    def _fits(self, length: int) -> bool:
+        return self.used + length <= MEMORY_MOST
+
+    def _wake(self) -> None:
+        """Let the first in the line try again; its success wakes the next."""
+        for holder, length in self._waiting.items():
+            if self._fits(length):
+                self._loop.call_soon(holder.room_came)
+            return
+
+    def _look(self) -> None:
+        """Somebody waits: note where those stand who could be in the way."""
+        stalls = {
+            holder: stall
+            for holder in self._holders
+            if holder.memory > SHARE and (stall := holder.stall()) is not None
+        }
+        self._watch = self._loop.call_later(STALL_SECONDS, self._look_again, stalls)
+
+    def _look_again(self, before: dict[Holder, object]) -> None:
+        self._watch = None
+        if not self._waiting:
+            return
+        for holder, stall in before.items():
+            if holder in self._holders and holder.memory > SHARE and holder.stall() == stall:
+                holder.drop(f"did not move for {STALL_SECONDS:g} s while others wait for memory")
+        self._look()
+
+    def close(self) -> None:
+        """No more timers."""
+        if self._watch is not None:
+            self._watch.cancel()
