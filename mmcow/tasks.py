@@ -107,6 +107,8 @@ class Task(Completion[T]):
 
     def step(self) -> None:
         """Run until the coroutine waits for something that is not there, or ends."""
+        suspended = self._reactor.suspended
+        suspended.discard(self)
         try:
             awaited: Completion[Any] = self._coroutine.send(None)
         except StopIteration as stop:
@@ -118,7 +120,12 @@ class Task(Completion[T]):
                 self._reactor.interrupted = error
             self.fail(error)
         else:
+            suspended.add(self)
             awaited.on_done(self._wake)
+
+    def abandon(self) -> None:
+        """Close the coroutine where it waits; what it cleans up, it cleans up now."""
+        self._coroutine.close()
 
     def _wake(self, _: Completion[Any]) -> None:
         self._reactor.ready.append(self)
@@ -160,6 +167,7 @@ class Reactor:
     def __init__(self, queue: TurnQueue) -> None:
         self.queue = queue
         self.ready: deque[Task[Any]] = deque()
+        self.suspended: set[Task[Any]] = set()
         # What broke in (KeyboardInterrupt) while requests were being handled. A result may have
         # been lost on its way, so nothing may be waited for any more.
         self.interrupted: BaseException | None = None
@@ -250,6 +258,14 @@ class Reactor:
                     self._progress.wait()
             finally:
                 self._quiescing -= 1
+
+    def abandon_tasks(self) -> None:
+        """Close the coroutines that an interrupt left waiting for ever, while what they would clean
+        up is still open: a garbage collection would do it at any later time."""
+        with self.lock:
+            while self.suspended:
+                self.suspended.pop().abandon()
+            self.ready.clear()
 
     def _wait(self, completion: Completion[Any]) -> None:
         self._turn_without_waiting()

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# ruff: noqa: BLE001 - a thread keeps whatever ended it
 """The reactor over a queue that the test controls, from one thread and from several."""
 
 from __future__ import annotations
