@@ -26,6 +26,7 @@ from mmcow.errors import LayerFailed, MmcowError, SyncFailed
 from tests.sim import images
 from tests.sim.creation import CreateCase
 from tests.sim.faults import Fault
+from tests.sim.host import SYNCS
 from tests.sim.model import Violation
 from tests.sim.workload import SECTOR, Case, Op, alphabet, random_sequence, read_all, show
 
@@ -49,6 +50,7 @@ class FaultCase(Case):
         self.unsized = False
         if fault is not None:
             self.host.faults.append(fault)
+            self.model.sync_failed = lambda: not fault.kinds.isdisjoint(SYNCS)
 
     def run_all(self) -> None:
         """The operations; then the fault is lifted and the disk is used again."""
@@ -150,6 +152,7 @@ class FaultCase(Case):
                 self.host.drop_cache(os.path.join(images.DIRECTORY, path))
         self.done.append("(the fault is lifted)")
         self.tolerant = False
+        self.model.sync_failed = lambda: False
         self._go_on("kill", self.host.kill(self.cut_rng))
         self.do(("write", 0, self.model.size))
         self.do(("flush",))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Fault:
     path: str | None = None
     seen: int = 0
     struck: int = 0  # calls that failed
+    kinds: set[str] = field(default_factory=set)  # of the calls that failed
 
     def strikes(self, kind: str, path: str) -> bool:
         """Whether this call fails."""
@@ -32,7 +33,9 @@ class Fault:
             return False
         self.seen += 1
         hit = self.seen == self.at + 1 if self.once else self.seen > self.at
-        self.struck += hit
+        if hit:
+            self.struck += 1
+            self.kinds.add(kind)
         return hit
 
     def __str__(self) -> str:

@@ -44,7 +44,7 @@ from tests.sim.view import native_view
 BLOCK = 4096  # of the simulated file system: what a hole is made of
 LOG = 400  # calls remembered for a story
 
-_SYNCS = ("datasync", "sync", "msync", "queue datasync")
+SYNCS = ("datasync", "sync", "msync", "queue datasync")
 
 
 class Machine:
@@ -542,7 +542,7 @@ class SimQueue:
 
     def _draw(self, rng: Random) -> _Request:
         request = rng.choice(self._pending)
-        if request.kind in _SYNCS and len(self._pending) > 1 and rng.random() < 0.6:
+        if request.kind in SYNCS and len(self._pending) > 1 and rng.random() < 0.6:
             request = rng.choice(self._pending)
         return request
 
@@ -553,7 +553,7 @@ class SimQueue:
         assert not handle.closed, f"{handle.path}: closed with a {request.kind} in flight"
         if not code:
             code = self._refused(request)
-        elif request.kind in _SYNCS:
+        elif request.kind in SYNCS:
             inode.fail_sync(host.rng)
         else:
             change = request.change(host.tick())
@@ -606,7 +606,7 @@ def failure(
     code: int, kind: str, path: str, offset: int | None = None, length: int | None = None
 ) -> StorageError:
     """The error of a call that failed."""
-    if kind in _SYNCS:
+    if kind in SYNCS:
         return SyncFailed(code, kind, path)
     return StorageError(code, kind, path, offset, length)
 

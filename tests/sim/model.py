@@ -17,6 +17,7 @@ both right until something shows which it was.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 NEVER = 1 << 62  # the end of an operation that is under way
@@ -55,6 +56,9 @@ class Model:
     sizes: list[int] = field(default_factory=list)  # that a cut may show
     cells: list[list[Version]] = field(default_factory=list)
     reading: list[int] = field(default_factory=list)  # when reads under way began
+    # After a failed sync readers may be shown whatever the disk has where something was changed,
+    # also what lay in the data file before. Nothing on the disk may refer to that, though.
+    sync_failed: Callable[[], bool] = lambda: False
 
     @classmethod
     def of(cls, content: bytes, cell: int = 512) -> Model:
@@ -148,8 +152,11 @@ class Model:
 
     def check_read(self, offset: int, data: bytes, began: int) -> None:
         """A read that began at time ``began`` has brought whole cells."""
+        sync_failed = self.sync_failed()
         for at in range(0, len(data), self.cell):
             index = (offset + at) // self.cell
+            if sync_failed and len(self.cells[index]) > 1:
+                continue
             found = data[at : at + self.cell]
             allowed = self._visible(index, began)
             if found not in allowed:
@@ -158,6 +165,8 @@ class Model:
     def observe(self, data: bytes) -> None:
         """The whole disk was read with nothing under way: what was open is known now."""
         self.check_read(0, data, self.now)
+        if self.sync_failed():
+            return
         self.now += 1
         for index, versions in enumerate(self.cells):
             if len(_values(versions)) > 1:
