@@ -49,6 +49,7 @@ def run_check(arguments: argparse.Namespace, ui: Ui) -> int:
     ui.subject = path = arguments.file
     if arguments.repair and arguments.share:
         raise CommandLineError("check: -r needs the image for itself, -U shares it; use one")
+    ui.can_share = not (arguments.repair or arguments.share)
     report = check(path, format=arguments.format, repair=arguments.repair, share=arguments.share)
     if report.format == "raw":
         ui.note(f"{path}: a raw disk has no metadata to check")

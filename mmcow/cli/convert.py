@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import mmcow
+from mmcow.chain import probe_file
 from mmcow.cli import exits
 from mmcow.cli.create import add_format_options, options_help, parse_options, wants_help
 from mmcow.cli.images import opened, warn
@@ -31,6 +32,7 @@ from mmcow.cli.ui import CommandLineError
 from mmcow.errors import UsageError
 from mmcow.formats.opening import resolve
 from mmcow.jobs.convert import convert
+from mmcow.storage.linux import LinuxHost
 
 if TYPE_CHECKING:
     import argparse
@@ -107,12 +109,30 @@ def run_convert(arguments: argparse.Namespace, ui: Ui) -> int:
         backing_format=arguments.backing_format,
     ) as source:
         ui.subject = arguments.target
+        ui.can_share = False  # the target is written
         _refuse_own_files(source, arguments.target)
         if arguments.no_create:
-            _copy(arguments, ui, source, arguments.target_format, is_zero=False)
+            _copy(arguments, ui, source, _existing_format(arguments), is_zero=False)
         else:
             _make_and_copy(arguments, ui, source)
     return exits.OK
+
+
+def _existing_format(arguments: argparse.Namespace) -> str:
+    """The format of a target that is there: raw unless told otherwise, as qemu-img has it.
+
+    What looks like an image may be a raw disk whose guest made it look so, and an image of which
+    only the name was given would be overwritten: the user has to say.
+    """
+    if arguments.target_format is not None:
+        return str(arguments.target_format)
+    found = probe_file(LinuxHost(), arguments.target)
+    if found != "raw":
+        raise UsageError(
+            f"{arguments.target}: begins like {found}: say what it is (-O {found}, or -O raw to "
+            "overwrite it as a raw disk)"
+        )
+    return found
 
 
 def _make_and_copy(arguments: argparse.Namespace, ui: Ui, source: Image) -> None:
@@ -128,13 +148,13 @@ def _make_and_copy(arguments: argparse.Namespace, ui: Ui, source: Image) -> None
 
 
 def _copy(
-    arguments: argparse.Namespace, ui: Ui, source: Image, format_: str | None, *, is_zero: bool
+    arguments: argparse.Namespace, ui: Ui, source: Image, format_: str, *, is_zero: bool
 ) -> None:
     path: str = arguments.target
     with mmcow.open(path, format=format_, write=True, cache=arguments.cache) as target:
         ui.opened(path, target)
         warn(ui, path, target)
-        if format_ is None or not is_zero:
+        if not is_zero:
             _refuse_own_files(source, target.chain[0].data_file)
         ui.subject = source.path
         with meter(ui, arguments, "convert") as progress:

@@ -50,9 +50,8 @@ class Meter:
             self.show()
 
     def finish(self) -> None:
-        """The job ended well: show that all is done."""
-        self.done = self.total
-        if self._shown != self.done or not self.total:
+        """The job ended well: show its last report, if that came too soon to be shown."""
+        if self._shown != self.done:
             self.show()
         self.close()
 

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -636,6 +637,22 @@ def test_command_as_a_process():
     assert mine.status == theirs.status == 1
     assert mine.out == theirs.out.replace("qemu-io> ", "")
     assert mmcow_process("compare", "a.raw", "nosuch").status == 2
+
+
+def test_ctrl_c_ends_a_process_cleanly():
+    """This test interrupts a copy for good: twice, from outside, at its first report."""
+    make_raw("a.raw", 256 * MIB, (0, 256 * MIB, 1))
+    words = ["convert", "-f", "raw", "--progress=json", "a.raw", "b.raw"]
+    command = [sys.executable, "-m", "mmcow", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert json.loads(process.stderr.readline())["done"] == 0
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        lines = process.stderr.read().splitlines()
+    assert process.returncode == 130
+    assert lines[-1] == "mmcow: a.raw: convert: cancelled"
+    assert not os.path.exists("b.raw")
 
 
 def test_demo_runs_to_its_end():

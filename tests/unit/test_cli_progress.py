@@ -90,12 +90,12 @@ def test_reports_are_not_shown_more_often_than_ten_times_a_second(capsys):
     clock = Clock()
     meter = progress.JsonMeter(Ui(), "x", clock)
     for done in range(100):
-        meter(done, 100)
+        meter(done + 1, 100)
         clock.now += 0.01
     meter.finish()
     shown = [json.loads(line)["done"] for line in capsys.readouterr().err.splitlines()]
     assert 10 <= len(shown) <= 12
-    assert shown[0] == 0
+    assert shown[0] == 1
     assert shown[-1] == 100
 
 
@@ -105,6 +105,11 @@ def test_last_report_is_not_repeated(capsys):
     meter(5, 5)
     meter.finish()
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_compare_that_finds_a_difference_does_not_claim_to_have_read_all(capsys, pair):  # noqa: F811
+    err = run(capsys, "compare", "--progress=json", "top.acow", "base.raw", status=1).err
+    assert json.loads(err.splitlines()[-1])["percent"] < 100
 
 
 def test_job_without_work_is_done(capsys):

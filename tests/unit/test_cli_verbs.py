@@ -353,8 +353,26 @@ def test_convert_into_an_existing_image(capsys):
     mmcow.create("other.acow", size=5 * MIB)
     with written("other.acow") as image:
         image.write(0, b"x" * 5 * MIB)
-    run(capsys, "convert", "-n", "top.acow", "other.acow")
+    err = run(capsys, "convert", "-n", "top.acow", "other.acow", status=1).err
+    assert "other.acow: begins like add-cow: say what it is (-O add-cow, or -O raw" in err
+    run(capsys, "convert", "-n", "-O", "add-cow", "top.acow", "other.acow")
     assert content("other.acow") == content("top.acow") + bytes(MIB)
+
+
+def test_convert_into_an_existing_raw_disk(capsys):
+    with open("other", "wb") as file:
+        file.write(b"x" * 4 * MIB)
+    assert run(capsys, "convert", "-n", "top.acow", "other").err == ""
+    assert content("other", format="raw") == content("top.acow")
+
+
+def test_convert_into_a_target_in_use_is_refused(capsys):
+    mmcow.create("other.raw", format="raw", size=4 * MIB)
+    with written("other.raw", format="raw"):
+        err = run(capsys, "convert", "top.acow", "other.raw", status=1).err
+    assert err.startswith("mmcow: other.raw: ")
+    assert "-U" not in err
+    assert os.path.exists("other.raw")
 
 
 def test_convert_into_a_smaller_image_is_refused(capsys):
