@@ -8,6 +8,7 @@ same cases pass without it (``test_control``). A rig that has not been seen fail
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
@@ -18,20 +19,23 @@ import mmcow.storage.file
 from mmcow.engine.engine import Engine
 from mmcow.engine.flush import Flusher
 from mmcow.engine.gate import Claim, Claims
+from mmcow.errors import StorageError
 from mmcow.formats.addcow import AddCowDriver
 from mmcow.formats.cow import CowDriver
 from mmcow.formats.driver import Kind
+from mmcow.jobs import commit
 from mmcow.native import aligned
 from mmcow.ranges import align_down, align_up
 from mmcow.storage import names
 from mmcow.storage.file import File, _Exclusive
 from mmcow.storage.window import Window
 from mmcow.tasks import completed
+from tests.sim import fault
 from tests.sim.crash import CREATE, run_case
-from tests.sim.host import SimHandle
+from tests.sim.host import SimHandle, _Request
 from tests.sim.model import Violation
 
-pytestmark = pytest.mark.crash
+pytestmark = [pytest.mark.crash, pytest.mark.fault]
 
 MOST_CUTS = 30_000  # within so many power cuts the bug must be seen
 FIRST = 5_000_000
@@ -321,6 +325,35 @@ def file_not_synced_before_its_name(patch) -> None:
     patch.setattr(mmcow.formats.cow, "make_file", make_file)
 
 
+def commit_without_base_sync(patch) -> None:
+    """A commit clears the overlay's bits before the base is durable."""
+    merge = commit._merge
+
+    def hasty(layers, target, **options):
+        target.flush = lambda: None
+        return merge(layers, target, **options)
+
+    patch.setattr(commit, "_merge", hasty)
+
+
+def commit_punches_first(patch) -> None:
+    """A commit gives the space back before the cleared bits are durable."""
+
+    async def give_up(self, offset, length, prepare) -> None:
+        await self.gate.close()
+        try:
+            await prepare
+            for extent in self.lookup.extents(offset, align_up(offset + length, self._cluster)):
+                if extent.kind is Kind.DATA:
+                    self.top.unmap(extent.offset, extent.length, Kind.BELOW)
+                    await self.top.data.discard(extent.host, extent.length)
+            await self.flusher.flush()
+        finally:
+            self.gate.open()
+
+    patch.setattr(Engine, "give_up", give_up)
+
+
 ADD_COW = ("v20", "v18", "v7")
 LAYERED = ("v20", "v18", "v7", "x86-64")
 BUGS: tuple[tuple[Callable, tuple[str, ...]], ...] = (
@@ -343,6 +376,8 @@ BUGS: tuple[tuple[Callable, tuple[str, ...]], ...] = (
     (no_claims, ("v20", "v18")),
     (no_exclusion, LAYERED),
     (open_without_sync, ADD_COW),
+    (commit_without_base_sync, LAYERED),
+    (commit_punches_first, ("v20",)),
     (name_not_synced, (CREATE,)),
     (file_not_synced_before_its_name, (CREATE,)),
 )
@@ -354,6 +389,57 @@ def test_bug_is_seen(bug, variants, monkeypatch) -> None:
     cuts = cuts_until_seen(variants)
     assert cuts is not None, f"{bug.__doc__} Not seen in {MOST_CUTS} power cuts."
     print(f"{bug.__name__}: seen after {cuts} power cuts")
+
+
+# ---- bugs that only a failing call brings to light ----
+
+
+def failure_not_sticky(patch) -> None:
+    """After a failed sync the next one is believed."""
+    patch.setattr(Flusher, "fail", lambda self, cause: None)
+
+
+def staged_bits_forgotten(patch) -> None:
+    """Bits whose write-out failed are not put back: the flush that comes next has nothing to do."""
+    patch.setattr(Window, "put_back", lambda self, group: None)
+
+
+def failed_write_published(patch) -> None:
+    """A cluster is published although its write has failed."""
+    write = Engine._write_reserved
+
+    async def careless(self, *arguments) -> None:
+        with suppress(StorageError):
+            await write(self, *arguments)
+
+    patch.setattr(Engine, "_write_reserved", careless)
+
+
+def other_error_raised(patch) -> None:
+    """A failing call comes out as an error that is not mmcow's."""
+
+    def fail(self, error) -> None:
+        self.error = OSError(5, "Input/output error")
+        self._finish()
+
+    patch.setattr(_Request, "fail", fail)
+
+
+FAULTS = (failure_not_sticky, staged_bits_forgotten, failed_write_published, other_error_raised)
+
+
+@pytest.mark.parametrize("bug", FAULTS, ids=lambda bug: bug.__name__)
+def test_bug_is_seen_by_faults(bug, monkeypatch) -> None:
+    bug(monkeypatch)
+    runs = 0
+    for number in range(FIRST, FIRST + 20):
+        for variant in LAYERED:
+            try:
+                runs += fault.run_case(number, variant, 3)[0]
+            except Violation:
+                print(f"{bug.__name__}: seen after {runs} failing calls")
+                return
+    pytest.fail(f"{bug.__doc__} Not seen in {runs} failing calls.")
 
 
 @pytest.mark.parametrize("variants", sorted({variants for _, variants in BUGS}), ids="-".join)
