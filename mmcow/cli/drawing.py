@@ -199,6 +199,11 @@ def _legend(characters: Characters, width: int, *, layered: bool) -> Iterator[st
     yield line
 
 
+def _percent(share: float) -> str:
+    """Whole numbers; but what is there at all is not "0"."""
+    return "<1" if 0 < share < 1 else f"{share:.0f}"
+
+
 class _Pen:
     """Puts lines together, in colour where there is any."""
 
@@ -212,7 +217,7 @@ class _Pen:
     def line(self, letter: str, name: str, bar: str, depth: int | None, share: float | None) -> str:
         """Label, bar, and how much of the range the layer holds."""
         head = f"{letter} {name}".ljust(self._label)
-        tail = "" if share is None else f" {share:3.0f} %"
+        tail = "" if share is None else f" {_percent(share):>3} %"
         return f"{head} {self._frame}{self._coloured(bar, depth)}{self._frame}{tail}"
 
     def _coloured(self, bar: str, depth: int | None) -> str:

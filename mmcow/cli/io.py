@@ -85,13 +85,13 @@ def run_io(arguments: argparse.Namespace, ui: Ui) -> int:
         share=arguments.share,
         backing_format=arguments.backing_format,
     ) as image:
-        session = Session(ui, image)
+        runner = Runner(ui, image)
         for line in arguments.cmd or _lines(ui):
             ui.signals.check("io")
-            session.run(line)
-            if session.ended:
+            runner.run(line)
+            if runner.ended:
                 break
-    return exits.FAILED if session.failed else exits.OK
+    return exits.FAILED if runner.failed else exits.OK
 
 
 def _lines(ui: Ui) -> Iterator[str]:
@@ -116,10 +116,10 @@ class Command(NamedTuple):
     operands: tuple[int, int]
     usage: str
     summary: str
-    run: Callable[[Session, dict[str, str], list[str]], None]
+    run: Callable[[Runner, dict[str, str], list[str]], None]
 
 
-class Session:
+class Runner:
     """Commands on one open image."""
 
     def __init__(self, ui: Ui, image: Image) -> None:
@@ -197,23 +197,23 @@ def _pattern(text: str) -> int:
 # ---- the commands ----
 
 
-def _read(session: Session, options: dict[str, str], operands: list[str]) -> None:
+def _read(runner: Runner, options: dict[str, str], operands: list[str]) -> None:
     offset, length = _range(operands)
     expected = _expectation(options, length)
     started = monotonic()
-    data = _buffer(session, offset, length)
-    session.image.readinto(offset, data)
+    data = _buffer(runner, offset, length)
+    runner.image.readinto(offset, data)
     if expected is not None:
         start, count, pattern = expected
         if bytes(data[start : start + count]) != bytes((pattern,)) * count:
-            session.failed = True
-            session.ui.out(f"Pattern verification failed at offset {offset + start}, {count} bytes")
+            runner.failed = True
+            runner.ui.out(f"Pattern verification failed at offset {offset + start}, {count} bytes")
     if "q" in options:
         return
     if "v" in options:
         for line in dump(data, offset):
-            session.ui.out(line)
-    session.report("read", offset, length, started)
+            runner.ui.out(line)
+    runner.report("read", offset, length, started)
 
 
 def _expectation(options: dict[str, str], length: int) -> tuple[int, int, int] | None:
@@ -238,7 +238,7 @@ def dump(data: memoryview, offset: int) -> Iterator[str]:
         yield f"{offset + start:08x}:  {part.hex(' ')}  {shown}"
 
 
-def _write(session: Session, options: dict[str, str], operands: list[str]) -> None:
+def _write(runner: Runner, options: dict[str, str], operands: list[str]) -> None:
     if "u" in options and "z" not in options:
         raise CommandLineError("-u says how -z may zero; there is no -z")
     if "z" in options and "P" in options:
@@ -247,20 +247,20 @@ def _write(session: Session, options: dict[str, str], operands: list[str]) -> No
     offset, length = _range(operands)
     started = monotonic()
     if "z" in options:
-        session.image.write_zeroes(offset, length, may_unmap="u" in options)
+        runner.image.write_zeroes(offset, length, may_unmap="u" in options)
     else:
-        data = _buffer(session, offset, length)
+        data = _buffer(runner, offset, length)
         data[:] = bytes((pattern,)) * length
-        session.image.write(offset, data)
+        runner.image.write(offset, data)
     if "f" in options:
-        session.image.flush()
+        runner.image.flush()
     if "q" not in options:
-        session.report("wrote", offset, length, started)
+        runner.report("wrote", offset, length, started)
 
 
-def _buffer(session: Session, offset: int, length: int) -> memoryview:
+def _buffer(runner: Runner, offset: int, length: int) -> memoryview:
     """Memory for a request, once it is known to lie inside the disk."""
-    image = session.image
+    image = runner.image
     if offset + length > image.size:
         raise UsageError(
             f"{image.path}: {offset}+{length} reaches past the end of the disk ({image.size} bytes)"
@@ -268,24 +268,24 @@ def _buffer(session: Session, offset: int, length: int) -> memoryview:
     return aligned(length)
 
 
-def _discard(session: Session, options: dict[str, str], operands: list[str]) -> None:
+def _discard(runner: Runner, options: dict[str, str], operands: list[str]) -> None:
     offset, length = _range(operands)
     started = monotonic()
-    session.image.discard(offset, length)
+    runner.image.discard(offset, length)
     if "q" not in options:
-        session.report("discard", offset, length, started)
+        runner.report("discard", offset, length, started)
 
 
-def _flush(session: Session, options: dict[str, str], operands: list[str]) -> None:
+def _flush(runner: Runner, options: dict[str, str], operands: list[str]) -> None:
     del options, operands
-    session.image.flush()
+    runner.image.flush()
 
 
-def _runs(session: Session, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+def _runs(runner: Runner, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
     """(offset, length, whether the top layer has it), as long as can be."""
     start, size, held = offset, 0, False
-    for status in session.image.block_status(offset, length, layer=0):
-        session.ui.signals.check("io")
+    for status in runner.image.block_status(offset, length, layer=0):
+        runner.ui.signals.check("io")
         here = status.kind is not Kind.BELOW
         if size and here is not held:
             yield start, size, held
@@ -296,41 +296,41 @@ def _runs(session: Session, offset: int, length: int) -> Iterator[tuple[int, int
         yield start, size, held
 
 
-def _map(session: Session, options: dict[str, str], operands: list[str]) -> None:
+def _map(runner: Runner, options: dict[str, str], operands: list[str]) -> None:
     del options, operands
-    for offset, length, held in _runs(session, 0, session.image.size):
+    for offset, length, held in _runs(runner, 0, runner.image.size):
         word = "    allocated" if held else "not allocated"
-        session.ui.out(
+        runner.ui.out(
             f"{io_size(length)} ({length:#x}) bytes {word} at offset "
             f"{io_size(offset)} ({offset:#x})"
         )
 
 
-def _alloc(session: Session, options: dict[str, str], operands: list[str]) -> None:
+def _alloc(runner: Runner, options: dict[str, str], operands: list[str]) -> None:
     del options
     offset = parse_size(operands[0], "offset")
     count = parse_size(operands[1], "count") if len(operands) > 1 else 512
-    count = max(min(count, session.image.size - offset), 0)
-    held = sum(length for _, length, held in _runs(session, offset, count) if held)
-    session.ui.out(f"{held}/{count} bytes allocated at offset {io_size(offset)}")
+    count = max(min(count, runner.image.size - offset), 0)
+    held = sum(length for _, length, held in _runs(runner, offset, count) if held)
+    runner.ui.out(f"{held}/{count} bytes allocated at offset {io_size(offset)}")
 
 
-def _length(session: Session, options: dict[str, str], operands: list[str]) -> None:
+def _length(runner: Runner, options: dict[str, str], operands: list[str]) -> None:
     del options, operands
-    session.ui.out(io_size(session.image.size))
+    runner.ui.out(io_size(runner.image.size))
 
 
-def _help(session: Session, options: dict[str, str], operands: list[str]) -> None:
+def _help(runner: Runner, options: dict[str, str], operands: list[str]) -> None:
     del options
     for command in [find(operands[0])] if operands else COMMANDS:
-        session.ui.out(f"{command.usage} -- {command.summary}")
+        runner.ui.out(f"{command.usage} -- {command.summary}")
         if operands:
-            session.ui.out(_HELP.get(command.names[0], "").rstrip("\n"))
+            runner.ui.out(_HELP.get(command.names[0], "").rstrip("\n"))
 
 
-def _quit(session: Session, options: dict[str, str], operands: list[str]) -> None:
+def _quit(runner: Runner, options: dict[str, str], operands: list[str]) -> None:
     del options, operands
-    session.ended = True
+    runner.ended = True
 
 
 COMMANDS: tuple[Command, ...] = (

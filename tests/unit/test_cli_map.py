@@ -274,6 +274,13 @@ def test_picture_can_be_stopped(pair, monkeypatch):  # noqa: F811
             list(drawing.draw(image, 0, image.size, style, stop))
 
 
+@pytest.mark.parametrize(
+    ("share", "text"), [(0, "0"), (0.001, "<1"), (0.5, "<1"), (1.4, "1"), (99.9, "100")]
+)
+def test_percent(share, text):
+    assert drawing._percent(share) == text
+
+
 def test_width_of_no_terminal_is_80(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     assert terminal.width_of(io.StringIO()) == 80
