@@ -81,8 +81,8 @@ sanitize: build ## the C helper's own tests under ASan, UBSan and TSan
 demo: build ## show what mmcow does, step by step
 	bash docs/demo.sh
 
-bench: build deps-interop ## measure, and compare with the peers
-	$(BIN)/python bench/run.py
+bench: build ## measure: which cluster size add-cow should have by default
+	$(BIN)/python bench/cluster_size.py
 
 clean: ## remove all that was built
 	rm -rf $(VENV) build dist *.egg-info mmcow/_mmc.c mmcow/_mmc*.so
