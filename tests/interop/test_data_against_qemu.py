@@ -337,7 +337,7 @@ def test_sparse_disks_stay_sparse(tmp_path, rng):
 
 # ---- fio ----
 
-FIO = ("--name=disk", "--verify=crc32c", "--bs=4k", "--rw=randwrite", "--output-format=terse")
+FIO = ("--name=disk", "--verify=crc32c", "--bs=4k", "--rw=randwrite", "--verify_state_save=0")
 
 
 def fio(path: Path, size: int, seed: int, *options: str) -> None:
