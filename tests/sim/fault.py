@@ -163,7 +163,7 @@ class FaultCase(Case):
 
 def _operations(rng: Random, shape: images.Shape) -> list[Op]:
     """Operations in one process: what kills or crashes it would take the fault away."""
-    one = ("crash", "kill", "interrupted")
+    one = ("crash", "kill", "interrupted", "snapshot")
     if rng.random() < 0.5:
         ops = [rng.choice(alphabet(shape)) for _ in range(rng.randint(2, 4))]
     else:

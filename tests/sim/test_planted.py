@@ -16,6 +16,7 @@ import mmcow.formats.cow
 import mmcow.formats.raw
 import mmcow.image
 import mmcow.storage.file
+from mmcow.chain import Layer
 from mmcow.engine.engine import Engine
 from mmcow.engine.flush import Flusher
 from mmcow.engine.gate import Claim, Claims
@@ -23,7 +24,7 @@ from mmcow.errors import StorageError
 from mmcow.formats.addcow import AddCowDriver
 from mmcow.formats.cow import CowDriver
 from mmcow.formats.driver import Kind
-from mmcow.jobs import commit
+from mmcow.jobs import commit, snapshot
 from mmcow.native import aligned
 from mmcow.ranges import align_down, align_up
 from mmcow.storage import names
@@ -354,6 +355,47 @@ def commit_punches_first(patch) -> None:
     patch.setattr(Engine, "give_up", give_up)
 
 
+def _pivot_without(step: str):
+    async def pivot(image, fresh, frozen) -> None:
+        host, served, old = image.opener.host, image.path, image.layers[0].driver
+        if step != "flush":
+            await image.engine.flusher.flush()
+        host.link(served, frozen)
+        if step != "sync":
+            host.sync_directory(names.directory_of(served))
+        host.rename(fresh.path, served)
+        old.moved(frozen)
+        fresh.moved(served)
+        image.push(Layer(fresh, "add-cow", False))
+        host.sync_directory(names.directory_of(served))
+
+    return pivot
+
+
+def snapshot_without_flush(patch) -> None:
+    """The frozen layer's un-flushed bits stay behind: nobody will ever write them."""
+    patch.setattr(snapshot, "_pivot", _pivot_without("flush"))
+
+
+def snapshot_renames_too_early(patch) -> None:
+    """The served name changes hands before the frozen layer's own name is durable."""
+    patch.setattr(snapshot, "_pivot", _pivot_without("sync"))
+
+
+def write_through_without_flush(patch) -> None:
+    """Write-through modes acknowledge what is not durable."""
+
+    async def change(self, work, length):
+        await self.gate.enter()
+        try:
+            await work
+        finally:
+            self.gate.leave()
+        return length
+
+    patch.setattr(Engine, "_change", change)
+
+
 ADD_COW = ("v20", "v18", "v7")
 LAYERED = ("v20", "v18", "v7", "x86-64")
 BUGS: tuple[tuple[Callable, tuple[str, ...]], ...] = (
@@ -378,6 +420,9 @@ BUGS: tuple[tuple[Callable, tuple[str, ...]], ...] = (
     (open_without_sync, ADD_COW),
     (commit_without_base_sync, LAYERED),
     (commit_punches_first, ("v20",)),
+    (snapshot_without_flush, LAYERED),
+    (snapshot_renames_too_early, LAYERED),
+    (write_through_without_flush, LAYERED),
     (name_not_synced, (CREATE,)),
     (file_not_synced_before_its_name, (CREATE,)),
 )

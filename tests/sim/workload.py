@@ -23,6 +23,7 @@ from typing import Any
 from mmcow.errors import MmcowError, SyncFailed
 from mmcow.image import Image, open_image
 from mmcow.jobs.commit import commit
+from mmcow.jobs.snapshot import snapshot
 from mmcow.jobs.stream import stream
 from mmcow.tasks import Completion, Task
 from tests.sim import images
@@ -33,6 +34,7 @@ from tests.sim.model import Model, Violation
 Op = tuple[Any, ...]
 SECTOR = 512
 STORY = 60  # storage calls shown with a violation
+CACHES = ("none", "none", "none", "none", "writeback", "writeback", "directsync", "writethrough")
 
 
 class Case:
@@ -53,7 +55,9 @@ class Case:
         self.rng = Random(seed)
         self.cut_rng = Random(seed + 1)
         self.density = density
-        self.cache = cache or self.rng.choice(("none", "none", "none", "writeback"))
+        self.cache = cache or self.rng.choice(CACHES)
+        self.through = self.cache in ("directsync", "writethrough")
+        self.snapshots = 0  # from the first one on the served name is another layer's
         self.machine = machine or random_machine(self.rng)
         self.cuts = 0
         self.calls = 0  # storage calls until the process ended
@@ -116,7 +120,7 @@ class Case:
         """Open the disk on some machine."""
         return open_image(
             images.TOP,
-            format=self.shape.format,
+            format=None if self.snapshots else self.shape.format,
             write=write,
             cache=self.cache,
             backing_format="add-cow" if self.shape.chain else None,  # where it cannot be recorded
@@ -263,11 +267,25 @@ class Case:
         for wait in started:
             self._finish(wait)
 
+    def do_snapshot(self, *ops: Op) -> None:
+        """Freeze the layer under another name while requests are under way."""
+        assert self.image is not None
+        self.snapshots += 1
+        started = [self._start(*op) for op in ops]
+        try:
+            snapshot(self.image, f"frozen{self.snapshots}")
+        except MmcowError as error:
+            self._failed(error)
+        for wait in started:
+            self._finish(wait)
+
     def do_commit(self) -> None:
         """Merge the top layer down. The disk stays as it is; the base may change to that."""
         assert self.image is not None
-        if not self.image.engine.top.info.has_backing:
+        top, *below = self.image.engine.layers
+        if not below or (below[0].info.size < top.info.size and not below[0].info.can_resize):
             return
+        into_base = below[0].path == images.BASE
         try:
             content = read_all(self.image)
         except MmcowError as error:
@@ -277,12 +295,12 @@ class Case:
             self.reopen(clean=False)
             return
         stamped, self.stamped = self.stamped, False
-        if not self.shape.chain:
+        if into_base:
             self.bases.append(content)
         try:
             commit(
                 images.TOP,
-                format=self.shape.format,
+                format=None if self.snapshots else self.shape.format,
                 cache=self.cache,
                 backing_format="add-cow" if self.shape.chain else None,
                 host=self.host,
@@ -291,13 +309,12 @@ class Case:
             self._failed(error)
         else:
             self.stamped = stamped
-            self._check_merged(content)
+            if into_base:
+                self._check_merged(content)
         self.reopen(clean=True)
 
     def _check_merged(self, content: bytes) -> None:
         """After a commit the base alone is the disk, and keeps what it has beyond its end."""
-        if self.shape.chain:
-            return
         found = self.host.content(images.BASE)
         if found[: len(content)].ljust(len(content), b"\0") != content:
             raise Violation("after the commit the base is not what the disk was")
@@ -438,10 +455,12 @@ class Case:
             raise
 
         def end(done: Completion[Any]) -> None:
-            if done.error is None:
-                model.done(operation, sure=sure)
-            else:
+            if done.error is not None:
                 model.failed(operation)
+                return
+            model.done(operation, sure=sure)
+            if self.through:  # what was acknowledged is durable
+                model.flushed(model.begin_flush())
 
         request.on_done(end)
         return request
@@ -563,8 +582,8 @@ def _completion(image: Image, request: Any) -> Completion[Any]:
 def show(op: Op) -> str:
     """An operation in one word or two."""
     name, *arguments = op
-    if name == "stream" and arguments:
-        return f"stream with ({'; '.join(show(inner) for inner in arguments)})"
+    if name in ("stream", "snapshot") and arguments:
+        return f"{name} with ({'; '.join(show(inner) for inner in arguments)})"
     if name == "together":
         return "(" + " with ".join(show(inner) for inner in arguments) + ")"
     if name == "threads":
@@ -601,6 +620,7 @@ def alphabet(shape: Shape) -> list[Op]:
         ("crash",),
         ("commit",),
         ("stream",),
+        ("snapshot",),
     ]
 
 
@@ -633,6 +653,8 @@ def random_sequence(rng: Random, shape: Shape, count: int, grain: int = SECTOR) 
             ops.append(("commit",))
         elif roll < 0.935:
             ops.append(("stream", *_requests(rng, shape, size, 3)))
+        elif roll < 0.945:
+            ops.append(("snapshot", *_requests(rng, shape, size, 3)))
         elif grain == SECTOR:
             ops.append(_interrupted(rng, shape, size))
     return ops
@@ -660,8 +682,10 @@ def _interrupted(rng: Random, shape: Shape, size: int) -> Op:
         what: list[Op] = [("resize", _other_size(rng, shape, size))]
     elif roll < 0.5:
         what = [("commit",)]
-    elif roll < 0.6:
+    elif roll < 0.58:
         what = [("stream",)]
+    elif roll < 0.65:
+        what = [("snapshot",)]
     else:
         what = [_side_by_side(rng, shape, size), ("flush",)]
     return ("interrupted", how, rng.randint(1, rng.choice((12, 40))), *what)
