@@ -69,7 +69,11 @@ def open_chain(opener: Opener, path: str, options: ChainOptions) -> list[Layer]:
         layers.append(layer)
         _note_identities(opener, layer, seen)
         while options.backing and layer.driver.info.has_backing:
-            layer = _open_backing(opener, layer, below, options.backing_format, len(layers))
+            try:
+                layer = _open_backing(opener, layer, below, options.backing_format, len(layers))
+            except LockedError as error:
+                _explain_own_lock(opener, layer, seen, error)
+                raise
             layers.append(layer)
             _note_identities(opener, layer, seen)
     except BaseException:
@@ -172,6 +176,21 @@ def _note_identities(opener: Opener, layer: Layer, seen: dict[Identity, str]) ->
                 seen[identity], "backing file", path, "is already part of this chain (a loop)"
             )
     seen.update(parts)
+
+
+def _explain_own_lock(
+    opener: Opener, above: Layer, seen: dict[Identity, str], error: LockedError
+) -> None:
+    """A file that is locked because this very chain holds it already: a loop, not a user."""
+    try:
+        first = seen.get(opener.host.stat(error.path).identity)
+    except StorageError:
+        return
+    if first is not None:
+        backing = above.driver.backing
+        assert backing is not None
+        problem = f"leads back to {first}, which is already part of this chain (a loop)"
+        raise ChainError(above.driver.path, "backing file", backing[0], problem) from error
 
 
 def describe_chain(layers: list[Layer]) -> str:

@@ -213,7 +213,7 @@ def test_cancelled_request_is_finished_and_close_waits_for_it(overlay, base, hos
 
 
 def test_many_cancellations_at_random_moments(overlay, host, rng):
-    """This test cancels half of three hundred overlapping requests: the rest gives right answers."""
+    """This test cancels half of three hundred overlapping requests: the rest goes on."""
 
     async def work():
         async with await aio.open(overlay, write=True, host=host) as disk:
@@ -278,7 +278,7 @@ def test_close_twice_and_verbs_after_it(overlay, host):
         for call in (
             lambda: disk.read(0, 1),
             lambda: disk.write(0, b"x"),
-            lambda: disk.flush(),
+            disk.flush,
             lambda: disk.discard(0, 1),
             lambda: disk.resize(SIZE),
         ):
