@@ -11,36 +11,42 @@
         disk.flush()
 
 ``mmcow.aio`` has the same verbs for asyncio; ``mmcow.jobs`` the long operations (convert,
-compare, commit, stream); ``mmcow.errors`` every error.
+compare, commit, stream, snapshot); ``mmcow.nbd`` the server; ``mmcow.errors`` every error.
+
+Names are imported when they are first used: ``import mmcow`` alone costs nothing.
 """
 
 from __future__ import annotations
 
-from mmcow.errors import (
-    Cancelled,
-    ChainError,
-    ClosedError,
-    CorruptError,
-    DeniedError,
-    ForkedError,
-    FormatError,
-    Interrupted,
-    JobError,
-    LayerFailed,
-    LockedError,
-    Mismatch,
-    MmcowError,
-    ReadOnlyError,
-    StorageError,
-    SyncFailed,
-    UnsupportedError,
-    UsageError,
-)
-from mmcow.formats.driver import Kind
-from mmcow.formats.opening import AllowFiles, DenyAll, Policy, Within
-from mmcow.image import BlockStatus, Image, LayerReport
-from mmcow.image import create_image as create
-from mmcow.image import open_image as open
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmcow.errors import (
+        Cancelled,
+        ChainError,
+        ClosedError,
+        CorruptError,
+        DeniedError,
+        ForkedError,
+        FormatError,
+        Interrupted,
+        JobError,
+        LayerFailed,
+        LockedError,
+        Mismatch,
+        MmcowError,
+        ReadOnlyError,
+        StorageError,
+        SyncFailed,
+        UnsupportedError,
+        UsageError,
+    )
+    from mmcow.formats.driver import Kind
+    from mmcow.formats.opening import AllowFiles, DenyAll, Policy, Within
+    from mmcow.image import BlockStatus, Image, LayerReport
+    from mmcow.image import create_image as create
+    from mmcow.image import open_image as open
 
 __version__ = "0.1.0"
 
@@ -74,3 +80,30 @@ __all__ = [
     "create",
     "open",
 ]
+
+# Where each public name lives, and what it is called there if not the same. All others: errors.
+_PLACES = {
+    "AllowFiles": ("formats.opening", "AllowFiles"),
+    "BlockStatus": ("image", "BlockStatus"),
+    "DenyAll": ("formats.opening", "DenyAll"),
+    "Image": ("image", "Image"),
+    "Kind": ("formats.driver", "Kind"),
+    "LayerReport": ("image", "LayerReport"),
+    "Policy": ("formats.opening", "Policy"),
+    "Within": ("formats.opening", "Within"),
+    "create": ("image", "create_image"),
+    "open": ("image", "open_image"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'mmcow' has no attribute {name!r}")
+    module, original = _PLACES.get(name, ("errors", name))
+    value = getattr(import_module(f"mmcow.{module}"), original)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -21,7 +21,6 @@ from mmcow.engine.engine import Engine
 from mmcow.errors import ClosedError, ForkedError, UsageError
 from mmcow.formats import registry
 from mmcow.formats.driver import Kind
-from mmcow.formats.guard import Guard
 from mmcow.formats.opening import CreateRequest, Opener, Policy, resolve
 from mmcow.native import aligned
 from mmcow.ranges import SECTOR, align_up
@@ -393,7 +392,11 @@ class _DiskFile(io.RawIOBase):
 
 
 def _guarded(driver: Driver) -> Driver:
-    return Guard(driver) if CHECK_DRIVERS else driver
+    if not CHECK_DRIVERS:
+        return driver
+    from mmcow.formats.guard import Guard  # noqa: PLC0415 - for tests; others need not load it
+
+    return Guard(driver)
 
 
 def flat(buffer: Any) -> memoryview:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from typing import TYPE_CHECKING
 
 from mmcow.errors import StorageError
@@ -30,7 +29,7 @@ def directory_of(path: str) -> str:
 def temporary_name(path: str) -> str:
     """A free name in ``path``'s directory for what will become ``path``."""
     directory, base = os.path.split(path)
-    return os.path.join(directory, f".{base[:200]}.{secrets.token_hex(4)}.mmcow-new")
+    return os.path.join(directory, f".{base[:200]}.{os.urandom(4).hex()}.mmcow-new")
 
 
 def make_file(host: Host, path: str, fill: Callable[[Handle], None], *, replace: bool) -> None:
