@@ -29,10 +29,25 @@ values. Programmer errors inside mmcow are assertions and are never caught.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 
 class MmcowError(Exception):
     """Base of every error that mmcow raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Parts instead of arguments: a class's arguments are not what its text was made from."""
+        return _restore, (type(self), self.args, vars(self), self.__cause__)
+
+
+def _restore(
+    kind: type[MmcowError], args: tuple[Any, ...], parts: dict[str, Any], cause: Any
+) -> MmcowError:
+    error = kind.__new__(kind)
+    error.args = args
+    vars(error).update(parts)
+    error.__cause__ = cause
+    return error
 
 
 class UsageError(MmcowError, ValueError):
@@ -123,6 +138,12 @@ class StorageError(MmcowError, OSError):
         self.path = path
         self.offset = offset
         self.length = length
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As OSError does: its number and its file are no ordinary attributes."""
+        reduced = OSError.__reduce__(self)
+        assert isinstance(reduced, tuple)
+        return (*reduced[:2], vars(self))
 
     def __str__(self) -> str:
         where = "" if self.offset is None else f" at {self.offset}"
