@@ -484,7 +484,8 @@ def steps_to(path: str, header: Header, target: bytes) -> list[bytes]:
     A power cut tears a write between sectors. So where more than one sector changes, new names
     are first put where nothing stands, then sector 0 is swung over to them, then the old ones
     are zeroed; the last header may have its names elsewhere than ``target``. Where there is no
-    room for that, and in v7, whose names have fixed places, it is one step that a cut may tear.
+    room for that it is one step that a cut may tear. In v7 names have fixed places: see
+    ``_v7_steps``.
     """
     old = header.raw
     if old[SECTOR:] == target[SECTOR:]:
@@ -493,10 +494,13 @@ def steps_to(path: str, header: Header, target: bytes) -> list[bytes]:
     if not new.backing and (new.image_span, new.image) == (header.image_span, header.image):
         return [target[:SECTOR] + old[SECTOR:], target]  # without its pointer a name is a rest
     if header.variant == "v7":
-        return [target]
+        return _v7_steps(header, target)
     start = min(span[0] for span in (new.backing_span, new.image_span) if span[0])
     end = sum(new.image_span)
+    low = min(span[0] for span in (header.backing_span, header.image_span) if span[0])
     free = max(start, sum(header.backing_span), sum(header.image_span))
+    if end <= low:
+        free = start  # an earlier change has left room in front
     delta = free - start
     if end + delta > len(old) or new.image_span[0] + delta > len(old) - 2:
         return [target]
@@ -505,6 +509,21 @@ def steps_to(path: str, header: Header, target: bytes) -> list[bytes]:
     beside[free : end + delta] = target[start:end]
     beside[:SECTOR] = old[:SECTOR]
     return [bytes(beside), moved[:SECTOR] + bytes(beside[SECTOR:]), moved]
+
+
+def _v7_steps(header: Header, target: bytes) -> list[bytes]:
+    """One name after the other. What of it lies beyond its first sector is written while the NUL
+    of a short name in that sector hides it. Only between two names of 500 bytes and more there
+    is no safe order."""
+    raw, steps = header.raw, []
+    image, backing = HeaderV7.image_file.offset, HeaderV7.backing_file.offset
+    for offset, name in ((image, header.image), (backing, header.backing)):
+        border = offset + SECTOR - offset % SECTOR
+        parts = [(border, offset + 1024), (offset, border)]
+        for start, end in parts if len(name) < border - offset else reversed(parts):
+            raw = raw[:start] + target[start:end] + raw[end:]
+            steps.append(raw)
+    return steps
 
 
 def _with_names_moved(header: Header, delta: int) -> bytes:
