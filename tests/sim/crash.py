@@ -16,16 +16,19 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from random import Random
+from typing import Any
 
 import mmcow.image
 from tests.sim import images
 from tests.sim.creation import CreateCase
 from tests.sim.model import Violation
+from tests.sim.renaming import RenameCase
 from tests.sim.workload import Case, alphabet, random_sequence
 
 BATCH = 20  # cases that a worker takes at a time
-CREATE = "create"  # beside the variants: creations of all formats
-WHAT = (*images.VARIANTS, CREATE)
+CREATE, RENAME = "create", "rename"  # beside the variants: of all formats
+WITHOUT_REQUESTS: dict[str | None, Any] = {CREATE: CreateCase, RENAME: RenameCase}
+WHAT = (*images.VARIANTS, CREATE, RENAME)
 SHOWN = 3  # violations told in full
 
 
@@ -50,10 +53,10 @@ def make_case(number: int, variant: str | None = None) -> tuple[Case, list]:
 def run_case(number: int, variant: str | None = None) -> int:
     """Run one case; returns the number of power cuts."""
     try:
-        if variant == CREATE:
-            creation = CreateCase(number)
-            creation.run()
-            return creation.cuts
+        if variant in WITHOUT_REQUESTS:
+            other = WITHOUT_REQUESTS[variant](number)
+            other.run()
+            return other.cuts
         case, ops = make_case(number, variant)
         case.run(ops)
     except Violation as violation:

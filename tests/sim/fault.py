@@ -24,14 +24,12 @@ from random import Random
 import mmcow.image
 from mmcow.errors import LayerFailed, MmcowError, SyncFailed
 from tests.sim import images
-from tests.sim.creation import CreateCase
+from tests.sim.crash import WHAT, WITHOUT_REQUESTS
 from tests.sim.faults import Fault
 from tests.sim.host import SYNCS
 from tests.sim.model import Violation
 from tests.sim.workload import SECTOR, Case, Op, alphabet, random_sequence, read_all, show
 
-CREATE = "create"
-WHAT = (*images.VARIANTS, CREATE)
 ERRNOS = (errno.EIO, errno.ENOSPC)
 SHOWN = 3
 
@@ -184,10 +182,10 @@ def run_case(number: int, variant: str, every: int) -> tuple[int, int]:
 
 def _calls(number: int, variant: str) -> int:
     """How many storage calls the workload makes when none fails."""
-    if variant == CREATE:
-        creation = CreateCase(number)
-        creation.run()
-        return creation.calls
+    if variant in WITHOUT_REQUESTS:
+        other = WITHOUT_REQUESTS[variant](number)
+        other.run()
+        return int(other.calls)
     case = FaultCase(number, variant, None)
     case.run_all()
     return case.calls
@@ -195,10 +193,10 @@ def _calls(number: int, variant: str) -> int:
 
 def _run_one(number: int, variant: str, fault: Fault) -> int:
     try:
-        if variant == CREATE:
-            creation = CreateCase(number, fault)
-            creation.run()
-            return creation.cuts
+        if variant in WITHOUT_REQUESTS:
+            other = WITHOUT_REQUESTS[variant](number, fault)
+            other.run()
+            return int(other.cuts)
         case = FaultCase(number, variant, fault)
         case.run_all()
     except Violation as violation:
