@@ -84,6 +84,7 @@ class Connection(asyncio.BufferedProtocol):
         self._receive = memoryview(bytearray(RECEIVE_OPTIONS))
         self._at = 0  # what was received and is not begun yet is _receive[_at:_have]
         self._have = 0
+        self._backlog = False  # that holds requests which have to wait
         self._request: wire.Request | None = None  # a WRITE whose payload is coming
         self._payload = _NO_PAYLOAD
         self._filled = 0
@@ -267,9 +268,10 @@ class Connection(asyncio.BufferedProtocol):
                 break
             if not self._begin(export, wire.parse_request(self._receive, self._at)):
                 break
+        self._backlog = self._have - self._at >= _REQUEST
         if self._at == self._have:
             self._at = self._have = 0
-        elif self._at and not self._held:  # the beginning of a request
+        elif self._at and not self._backlog:  # the beginning of a request
             rest = bytes(self._receive[self._at : self._have])
             self._at, self._have = 0, len(rest)
             self._receive[: self._have] = rest
@@ -448,6 +450,7 @@ class Connection(asyncio.BufferedProtocol):
         self._requests -= 1
         if request.command in (wire.CMD_READ, wire.CMD_WRITE):
             self._give_memory(request.length)
+        self._ease()
 
     def _data_reply(self, request: wire.Request, buffer: memoryview) -> memoryview:
         if self._structured:
@@ -531,8 +534,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._unread_memory += memory
             elif memory:
                 self._give_memory(memory)
-        if self._held and not self._in_turn:
-            self._ease()
+                self._ease()
         if self._leaving and not self._requests and not self._gone:
             self._transport.close()
 
@@ -545,7 +547,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _ease(self) -> None:
         """Read on from a client that had too much in flight, once half of that is done."""
-        if self._requests <= REQUESTS_MOST // 2 and self.memory <= BYTES_MOST // 2:
+        if self._held and self._requests <= REQUESTS_MOST // 2 and self.memory <= BYTES_MOST // 2:
             self._release("requests", "memory")
 
     def room_came(self) -> None:
@@ -578,7 +580,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         if self.export is not None:
             self._turn(self.export)
-        if not self._must_wait():
+        if not self._must_wait() and not self._backlog:
             self._paused = False
             self._transport.resume_reading()
 

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: MIT
+"""The server around its connections: sockets, limits, memory, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+
+import pytest
+
+import mmcow
+import mmcow.aio
+from mmcow.errors import LockedError, UsageError
+from mmcow.nbd import connection, memory, server
+from mmcow.tasks import Completion
+from tests.unit import nbd_client as nbd
+from tests.unit.nbd_client import Client, connect
+from tests.unit.nbd_serving import MIB, Serving, make_overlay, make_raw, serving
+
+
+@pytest.fixture
+def image(tmp_path):
+    return make_raw(tmp_path / "disk.raw", b"d" * MIB)
+
+
+class TestExports:
+    def test_several(self, tmp_path):
+        names = ("a", "b", "")
+        images = {n: make_raw(tmp_path / f"{n}.raw", (n or "x").encode() * MIB) for n in names}
+        with serving(images, tmp_path / "s") as served:
+            clients = [connect(served.path, name) for name in names]
+            for name, client in zip(names, clients, strict=True):
+                assert client.read(0, 5) == (name or "x").encode() * 5
+                client.write(0, b"new" + name.encode())
+            for name, client in zip(names, clients, strict=True):
+                assert client.read(0, 4) == (b"new" + name.encode() + b"x")[:4]
+                client.close()
+
+    def test_none(self):
+        async def nothing():
+            server.Server({})
+
+        with pytest.raises(UsageError):
+            asyncio.run(nothing())
+
+    def test_a_second_server_is_refused_by_the_locks(self, tmp_path, image):
+        overlay = make_overlay(tmp_path, image)
+        with serving(overlay, tmp_path / "s") as served:
+            for path in (overlay, overlay + ".raw"):
+                with pytest.raises(LockedError):
+                    Serving({"": path}, tmp_path / "t")
+            with connect(served.path) as client:
+                assert client.read(0, 1) == b"d"
+        with serving(overlay, tmp_path / "t"):
+            pass
+
+
+class TestSockets:
+    def test_a_file_in_the_way_is_left_alone(self, tmp_path, image):
+        (tmp_path / "precious").write_text("data")
+        with pytest.raises(UsageError, match="no socket"):
+            Serving({"": image}, tmp_path / "precious")
+        assert (tmp_path / "precious").read_text() == "data"
+
+    def test_a_stale_socket_is_replaced_a_live_one_is_not(self, tmp_path, image):
+        stale = socket.socket(socket.AF_UNIX)
+        stale.bind(str(tmp_path / "s"))
+        stale.close()
+        other = make_raw(tmp_path / "other.raw", bytes(MIB))
+        with serving(image, tmp_path / "s") as served:
+            with pytest.raises(UsageError, match="another server"):
+                Serving({"": other}, tmp_path / "s")
+            with connect(served.path) as client:
+                assert client.read(0, 1) == b"d"
+        assert not (tmp_path / "s").exists()
+
+    def test_one_with_a_full_queue_is_live_too(self, tmp_path, image):
+        with socket.socket(socket.AF_UNIX) as busy:
+            busy.bind(str(tmp_path / "s"))
+            busy.listen(0)
+            waiting = []
+            while True:
+                one = socket.socket(socket.AF_UNIX)
+                waiting.append(one)
+                one.setblocking(False)
+                if one.connect_ex(str(tmp_path / "s")):
+                    break
+            with pytest.raises(UsageError, match="another server"):
+                Serving({"": image}, tmp_path / "s")
+            for one in waiting:
+                one.close()
+
+    def test_somebody_elses_socket_of_the_same_name_stays(self, tmp_path, image):
+        with serving(image, tmp_path / "s"):
+            (tmp_path / "s").unlink()
+            (tmp_path / "s").write_text("another's")
+        assert (tmp_path / "s").read_text() == "another's"
+
+    def test_names_are_quoted_in_the_uri(self, tmp_path, image):
+        with serving({"a?b#c/d": image}, tmp_path / "so ck%t") as served:
+            assert served.uri.startswith("nbd+unix:///a%3Fb%23c%2Fd?socket=")
+            assert served.uri.endswith("/so%20ck%25t")
+
+    def test_given_ones(self, tmp_path, image):
+        """As systemd hands them over; their names are not the server's to remove."""
+        given = [socket.socket(socket.AF_UNIX), socket.socket(socket.AF_INET)]
+        given[0].bind(str(tmp_path / "given"))
+        given[1].bind(("127.0.0.1", 0))
+        for one in given:
+            one.listen()
+
+        async def main():
+            disk = await mmcow.aio.open(image)
+            async with server.Server({"": disk}) as served:
+                await served.listen_on(given)
+                uri = await served.listen_tcp("127.0.0.1", 0)
+                await asyncio.to_thread(self.check, tmp_path)
+                return uri
+
+        assert asyncio.run(main()).startswith("nbd://127.0.0.1:")
+        assert (tmp_path / "given").exists()
+
+    @staticmethod
+    def check(tmp_path):
+        with connect(str(tmp_path / "given")) as client:
+            assert client.read(0, 1) == b"d"
+
+
+class TestLimits:
+    def test_too_many_clients(self, tmp_path, image):
+        with serving(image, tmp_path / "s", max_connections=3) as served:
+            good = [connect(served.path) for _ in range(3)]
+            with Client(served.path, greet=False) as more:
+                assert more.at_end()
+            assert good[0].read(0, 1) == b"d"
+            good.pop().disconnect()
+            with connect(served.path) as client:
+                assert client.read(0, 1) == b"d"
+            for client in good:
+                client.close()
+
+    def test_the_silent_give_way(self, tmp_path, image):
+        with serving(image, tmp_path / "s", max_connections=3) as served:
+            good = connect(served.path)
+            silent = [Client(served.path) for _ in range(10)]
+            with connect(served.path) as client:
+                assert client.read(0, 1) == b"d"
+                assert good.read(0, 1) == b"d"
+            good.close()
+            for one in silent:
+                one.close()
+
+    def test_never_more_than_there_are_descriptors_for(self, monkeypatch):
+        monkeypatch.setattr(server.resource, "getrlimit", lambda _: (1024, 4096))
+        assert server._affordable(5000) == 896
+        assert server._affordable(10) == 10
+
+    def test_memory_is_shared_out(self, tmp_path, image, monkeypatch):
+        """Clients that take all of it and do not move stop nobody for long."""
+        monkeypatch.setattr(memory, "MEMORY_MOST", 2 * MIB)
+        monkeypatch.setattr(memory, "STALL_SECONDS", 0.3)
+        disk = make_raw(tmp_path / "big.raw", bytes(8 * MIB))
+        with serving(disk, tmp_path / "s") as served:
+            hogs = [connect(served.path) for _ in range(2)]
+            for hog in hogs:  # room is taken, the payload never comes
+                hog.send(nbd.request(nbd.WRITE, 1, 0, MIB) + b"z")
+            with connect(served.path) as client:
+                assert client.read(0, 65536) == bytes(65536)  # within its share: at once
+                began = time.monotonic()
+                client.write(4 * MIB, b"g" * MIB)
+                assert client.read(4 * MIB, MIB) == b"g" * MIB
+                assert time.monotonic() - began < 10
+                assert client.read(0, MIB) == bytes(MIB)
+            assert all(hog.at_end() for hog in hogs)
+            for hog in hogs:
+                hog.close()
+
+    def test_who_waits_for_memory_gets_it_in_order(self):
+        loop = asyncio.new_event_loop()
+
+        class Holder:
+            def __init__(self):
+                self.memory = 0
+                self.calls = 0
+
+            def room_came(self):
+                self.calls += 1
+
+            def stall(self):
+                return None
+
+        one, two, three = Holder(), Holder(), Holder()
+        pool = memory.Memory(loop, {one, two, three})
+        try:
+            assert pool.take(one, memory.MEMORY_MOST)
+            one.memory = memory.MEMORY_MOST
+            assert pool.take(two, memory.SHARE)  # always
+            two.memory = memory.SHARE
+            assert not pool.take(two, memory.MEMORY_MOST // 2)
+            assert not pool.take(three, memory.MEMORY_MOST // 2)
+            pool.give(one.memory)
+            one.memory = 0
+            loop.run_until_complete(asyncio.sleep(0))
+            assert (two.calls, three.calls) == (1, 0)
+            assert not pool.take(one, memory.MEMORY_MOST // 8)  # it is not its turn
+            assert pool.take(two, memory.MEMORY_MOST // 2)
+            loop.run_until_complete(asyncio.sleep(0))
+            pool.forget(three)
+            loop.run_until_complete(asyncio.sleep(0))
+            assert one.calls == 1
+            assert pool.take(one, memory.MEMORY_MOST // 8)
+        finally:
+            pool.close()
+            loop.close()
+
+
+class TestClose:
+    def test_finishes_what_is_in_flight_and_flushes(self, tmp_path, image):
+        served = Serving({"": image}, tmp_path / "s")
+        engine = served.engine()
+        held = []
+        write = engine.top.data.write
+
+        def slow(offset, buffers):
+            completion = Completion()
+            held.append((completion, write, offset, buffers))
+            return completion
+
+        def let_go():
+            for completion, do, offset, buffers in held:
+                with engine.reactor.lock:
+                    do(offset, buffers).on_done(lambda r, c=completion: c.set(r.value))
+            engine.reactor.poll()
+
+        engine.top.data.write = slow
+        with connect(served.path) as client:
+            client.start(nbd.WRITE, 512, data=b"w" * 4096)
+            while not held:
+                time.sleep(0.01)
+            served.loop.call_soon_threadsafe(served._end.set)
+            time.sleep(0.2)
+            assert served._thread.is_alive()
+            served.loop.call_soon_threadsafe(let_go)
+            assert not client.next_reply()[1].error
+            assert client.at_end()
+        assert served.stop() is None
+        with mmcow.open(image) as disk:
+            assert disk.read(512, 4096) == b"w" * 4096
+
+    def test_ends_clients_of_every_kind(self, tmp_path, image, monkeypatch):
+        monkeypatch.setattr(server, "PARTING_SECONDS", 0.5)
+        disk = make_raw(tmp_path / "big.raw", bytes(32 * MIB))
+        served = Serving({"": disk}, tmp_path / "s")
+        idle = connect(served.path)
+        silent = Client(served.path, greet=False)
+        halfway = connect(served.path)
+        halfway.send(nbd.request(nbd.WRITE, 1, 0, MIB) + b"z" * 1000)
+        deaf = connect(served.path, structured=False)
+        for _ in range(40):
+            deaf.start(nbd.READ, 0, MIB)
+        with connect(served.path) as client:
+            client.write(0, b"z")
+            began = time.monotonic()
+            served.end()
+            assert time.monotonic() - began < 10
+        for one in (idle, silent, halfway, deaf):
+            one.close()
+        assert served.stop() is None
+
+    def test_twice_and_at_once(self, image, tmp_path):
+        async def main():
+            disk = await mmcow.aio.open(image, write=True)
+            served = server.Server({"": disk})
+            await served.listen_unix(str(tmp_path / "s"))
+            await asyncio.gather(served.close(), served.close())
+            await served.close()
+
+        asyncio.run(main())
+
+    def test_within_somebody_elses_loop_nothing_is_left(self, image, tmp_path):
+        async def main():
+            loop = asyncio.get_running_loop()
+            descriptors = len(os.listdir("/proc/self/fd"))
+            for _ in range(3):
+                disk = await mmcow.aio.open(image, write=True)
+                async with server.Server({"": disk}) as served:
+                    await served.listen_unix(str(tmp_path / "s"))
+                    await asyncio.to_thread(self.use, str(tmp_path / "s"))
+            assert asyncio.all_tasks(loop) == {asyncio.current_task()}
+            assert len(os.listdir("/proc/self/fd")) == descriptors
+
+        asyncio.run(main())
+
+    @staticmethod
+    def use(path):
+        with connect(path) as client:
+            client.write(0, b"z")
+            client.disconnect()
+
+
+def test_idle_means_idle(tmp_path, image):
+    """With clients attached and nothing asked the loop has no timer and takes no turn."""
+    with serving(image, tmp_path / "s") as served, connect(served.path) as client:
+        assert client.read(0, 1) == b"d"
+
+        def timers():
+            return [t for t in served.loop._scheduled if not t.cancelled()]
+
+        assert served.run(timers) == []
+        usage = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - usage < 0.1
+
+
+def test_large_requests_beyond_what_one_client_may_have_in_flight(tmp_path):
+    count = 3 * connection.BYTES_MOST // (8 * MIB)
+    content = os.urandom(8 * MIB)
+    image = make_raw(tmp_path / "disk.raw", content)
+    with serving(image, tmp_path / "s") as served, connect(served.path) as client:
+        for _ in range(count):
+            client.start(nbd.READ, 0, 8 * MIB)
+        for _ in range(count):
+            assert client.next_reply()[1].data == content
