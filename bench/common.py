@@ -112,8 +112,19 @@ def save(name: str, result: dict[str, Any]) -> Path:
     """Write a result next to the others."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.write_text(_readable(result), encoding="utf-8")
     return path
+
+
+def _readable(result: dict[str, Any]) -> str:
+    """JSON with one line for each cell of a list."""
+    parts = []
+    for key, value in result.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n  " + ",\n  ".join(json.dumps(cell) for cell in value) + "\n ]"
+        parts.append(f' "{key}": {text}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def size_name(size: int) -> str:
