@@ -454,9 +454,11 @@ class AddCowFormat(Format):
         access = Access(write=True, top=True, share=False, cache=Cache.WRITEBACK)
         handle = opener.metadata(path, access)
         try:
+            # The bits first, if they are looked at; and nothing of what a failed sync has lost.
+            handle.sync()
+            handle.drop_cache()
             header = read_header(path, handle)
             target = _renamed(opener, handle, header, backing, data_file)
-            handle.sync()  # the bits first, if they were just looked at
             before = header.raw
             for raw in meta.steps_to(path, header, target):
                 meta.parse(path, raw, handle.size())  # what would not open is never written

@@ -478,6 +478,8 @@ class CowFormat(Format):
             return
         handle = opener.metadata(path, _EXCLUSIVE)
         try:
+            handle.sync()
+            handle.drop_cache()  # what a failed sync has lost must not be believed
             header = read_header(path, handle, self._layout)
             layout = header.layout
             if not layout.writable:
