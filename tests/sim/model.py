@@ -189,8 +189,8 @@ class Model:
         beyond = len(self.cells) * cell
         if any(data[beyond:]):
             at = next(i for i in range(beyond, len(data)) if data[i])
-            found = show(data[at : at + 16])
-            raise Violation(f"after the cut: new space is not zero at {at}: {found}")
+            what = show(data[at : at + 16])
+            raise Violation(f"after the cut: new space is not zero at {at}: {what}")
 
     def survivor(self, data: bytes) -> Model:
         """The model of a disk found after a power cut."""
