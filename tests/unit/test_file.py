@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Guest data under every alignment: what O_DIRECT may touch, what a partial block needs, odd ends."""
+"""Guest data under every alignment: what O_DIRECT may touch, partial blocks, odd ends."""
 
 from __future__ import annotations
 
