@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 APT_BUILD := liburing-dev gcc python3-dev python3-venv
-APT_INTEROP := qemu-utils fio xfsprogs e2fsprogs btrfs-progs
+APT_INTEROP := qemu-utils fio xfsprogs e2fsprogs btrfs-progs qemu-system-x86 busybox-static
 SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 
 .DEFAULT_GOAL := help
@@ -37,6 +37,7 @@ $(STAMPS)/built: $(STAMPS)/python pyproject.toml setup.py $(SOURCES)
 # Without them those tests are skipped, but CI=true makes that a failure.
 deps-interop: ## install the programs that the interop tests compare with
 	@sh csrc/need.sh --optional $(APT_INTEROP)
+	@sh tests/guest/kernel.sh --optional .cache/guest
 
 # ---- testing ----------------------------------------------------------------
 

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: MIT
+"""A real Linux guest on a disk that mmcow serves: what it wrote is there, whatever happened.
+
+The guest's promises stand on its console: a line per file that it has synced, with a checksum.
+Judges: e2fsck to the letter, and the files' checksums, read without mmcow from flattened copies.
+``MMCOW_GUEST_ROUNDS`` makes more rounds of the killed server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.guest.disk import (
+    Base,
+    Promises,
+    copy_folder,
+    flattened,
+    judge,
+    make_base,
+    replay,
+    touched,
+)
+from tests.guest.vm import (
+    STEP_SECONDS,
+    Guest,
+    Server,
+    file_drive,
+    nbd_drive,
+    requires_guest,
+    run_mmcow,
+    with_libraries,
+)
+from tests.interop.tools import run
+
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(300)]
+
+ROUNDS = int(os.environ.get("MMCOW_GUEST_ROUNDS", "1"))
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Base:
+    requires_guest()
+    return make_base(tmp_path_factory.mktemp("base"), random.Random(20260101))
+
+
+@pytest.fixture
+def folder(base, tmp_path) -> Path:
+    """A folder with the base and an overlay vm.acow."""
+    work = tmp_path / "w"
+    work.mkdir()
+    run("cp", "--sparse=always", base.path, work / "base.raw")
+    (work / "base.raw").chmod(0o444)
+    overlay(work, "vm.acow")
+    return work
+
+
+def overlay(folder: Path, name: str) -> None:
+    run_mmcow(folder, "create", "-f", "add-cow", "-b", "base.raw", "-F", "raw", name)
+
+
+def chosen(rng: random.Random) -> str:
+    """Words for ``put``: where in the blob and how much, in KiB."""
+    count = rng.choice((1, 3, 60, 64, 200, 900))
+    return f"{rng.randrange(2048 - count)} {count}"
+
+
+def puts(rng: random.Random, names: list[str]) -> str:
+    return "".join(f"put /mnt {name} {chosen(rng)}\n" for name in names)
+
+
+def merged(folder: Path, target: Path) -> Path:
+    """A copy of everything, the overlay merged into the base there; returns that base."""
+    copy_folder(folder, target)
+    (target / "base.raw").chmod(0o644)
+    run_mmcow(target, "commit", "vm.acow")
+    return target / "base.raw"
+
+
+def detached(folder: Path, target: Path) -> Path:
+    """A copy of everything, pulled together there; returns the raw file that is left."""
+    copy_folder(folder, target)
+    run_mmcow(target, "stream", "vm.acow")
+    run_mmcow(target, "detach", "vm.acow")
+    (target / "base.raw").unlink()
+    assert [path.name for path in target.iterdir()] == ["vm.acow.raw"]
+    return target / "vm.acow.raw"
+
+
+def wait_for_stream(server: Server) -> None:
+    """Until it has let go of what lies below."""
+    end = time.monotonic() + STEP_SECONDS
+    while (stream := server.export()["stream"])["state"] == "running":
+        assert time.monotonic() < end, stream
+        time.sleep(0.1)
+    assert stream["state"] == "completed", stream
+
+
+def test_what_a_guest_wrote_is_there_in_every_form(base, folder, tmp_path, rng):
+    job = "mount -t ext4 /dev/vda /mnt\n"
+    job += puts(rng, [f"new{n}" for n in range(12)])
+    job += puts(rng, ["old03", "old07", "new2"])  # over what is there
+    job += "".join(f"gone /mnt {name}\n" for name in ("old01", "old02", "old11", "new5"))
+    job += "fstrim -v /mnt\n"
+    job += puts(rng, ["late0", "late1"])
+    job += "umount /mnt\nsync\n"
+    with Server(folder, "vm.acow") as server:
+        with Guest(folder, job, nbd_drive(), payload={"blob": base.blob}) as guest:
+            guest.finish()
+        seen = server.export()
+        assert seen["operations"]["trim"] > 0 and seen["operations"]["flush"] > 0
+        assert seen["errors"] == 0
+        server.stop()
+    promises = Promises.read(base, guest.lines)
+    assert promises.count == 21 and not promises.doubtful
+
+    base.untouched(folder)
+    run_mmcow(folder, "check", "vm.acow")
+    judge(flattened(folder, "vm.acow"), promises)
+    judge(detached(folder, tmp_path / "alone"), promises)
+    judge(merged(folder, tmp_path / "merged"), promises)
+    base.untouched(folder)
+
+
+def test_stream_and_snapshots_while_the_guest_writes(base, folder, rng):
+    """One snapshot while the guest writes, one while it stands still, a slow stream around both;
+    at the end the raw file alone, and the frozen layers as they were at their moments."""
+    job = "mount -t ext4 /dev/vda /mnt\n"
+    job += puts(rng, [f"a{n}" for n in range(4)]) + "pause a\n"
+    job += puts(rng, [f"b{n}" for n in range(24)]) + "gone /mnt old03\n"
+    job += "sync\npause b\n"  # nothing is written from here on ...
+    job += puts(rng, [f"c{n}" for n in range(4)]) + "gone /mnt a1\npause c\n"
+    job += puts(rng, ["d0", "old07"]) + "fstrim /mnt\numount /mnt\n"
+    with Server(folder, "vm.acow") as server:
+        with Guest(folder, job, nbd_drive(), payload={"blob": base.blob}) as guest:
+            guest.wait("@@ PAUSE a")
+            server.ctl("stream", "--rate", "512k")
+            guest.say()
+            guest.wait("@@ SYNCED b5 ")
+            before = list(guest.lines)
+            server.ctl("snapshot", "--as", "live.acow")
+            after = list(guest.lines)
+            guest.wait("@@ PAUSE b")
+            still = list(guest.lines)
+            assert server.export()["stream"]["state"] == "running"
+            server.ctl("snapshot", "--as", "still.acow")
+            guest.say()
+            guest.wait("@@ PAUSE c")
+            assert server.export()["stream"]["state"] == "running", "the stream did not overlap"
+            server.ctl("stream", "resume", "--rate", "1G")
+            wait_for_stream(server)
+            guest.say()
+            guest.finish()
+        chain = server.export()["chain"]
+        assert chain == ["vm.acow (add-cow)"], chain
+        server.stop()
+    everything = Promises.read(base, guest.lines)
+    assert not everything.doubtful
+
+    base.untouched(folder)
+    for name in ("vm.acow", "live.acow", "still.acow"):
+        run_mmcow(folder, "check", name)
+    live = flattened(folder, "live.acow")
+    quiet = flattened(folder, "still.acow")
+    replay(folder, live, quiet)
+    judge(quiet, Promises.read(base, still))
+    # Of what was written around the moment of the first one, only what came before is promised.
+    moment = Promises.read(base, before)
+    moment.doubtful |= touched(after[len(before) :])
+    judge(live, moment)
+
+    data = (
+        folder
+        / json.loads(run_mmcow(folder, "info", "--output=json", "vm.acow"))["format-specific"][
+            "data"
+        ]["data-file"]
+    )
+    run_mmcow(folder, "detach", "vm.acow")
+    for path in folder.glob("*.acow"):
+        path.unlink()
+    (folder / "base.raw").unlink()
+    judge(data, everything)
+
+
+def test_a_larger_disk_after_connecting_again(base, folder, tmp_path, rng):
+    larger = 96 * MIB
+    first = "mount -t ext4 /dev/vda /mnt\n" + puts(rng, ["a0"]) + "pause resized\n"
+    first += puts(rng, ["a1"]) + 'echo "@@ SIZE $(blockdev --getsize64 /dev/vda)"\numount /mnt\n'
+    second = 'echo "@@ SIZE $(blockdev --getsize64 /dev/vda)"\nmount -t ext4 /dev/vda /mnt\n'
+    # More than the old size could hold.
+    second += "resize2fs /dev/vda\n" + "".join(f"put /mnt big{n} {n} 2000\n" for n in range(34))
+    second += "umount /mnt\n"
+    payload = {"blob": base.blob, **with_libraries("resize2fs")}
+    with Server(folder, "vm.acow") as server:
+        with Guest(folder, first, nbd_drive(), payload=payload) as guest:
+            guest.wait("@@ PAUSE resized")
+            assert server.ctl("resize", "+32M")["size"] == larger
+            guest.say()
+            guest.finish()
+        assert guest.wait("@@ SIZE") == [f"@@ SIZE {base.path.stat().st_size}"]
+        with Guest(folder, second, nbd_drive(), payload=payload) as again:
+            again.finish()
+        assert again.wait("@@ SIZE") == [f"@@ SIZE {larger}"]
+        server.stop()
+    promises = Promises.read(base, again.lines, Promises.read(base, guest.lines).files)
+    assert promises.count == 34
+
+    base.untouched(folder)
+    run_mmcow(folder, "check", "vm.acow")
+    flat = flattened(folder, "vm.acow")
+    assert flat.stat().st_size == larger
+    judge(flat, promises)
+    judge(detached(folder, tmp_path / "alone"), promises)
+    judge(merged(folder, tmp_path / "merged"), promises)
+
+
+def busy_job(rng: random.Random) -> str:
+    """Promises until the plug is pulled, beside writes that nobody promises."""
+    job = "mount -t ext4 /dev/vda /mnt\n" + puts(rng, ["s0", "s1", "s2"]) + "sync\npause start\n"
+    job += "(while dd if=/blob of=/mnt/bulk bs=64k count=12 2>/dev/null; do usleep 30000; done) &\n"
+    there: list[str] = []
+    for number in range(600):
+        if there and rng.random() < 0.15:
+            job += f"gone /mnt {there.pop(rng.randrange(len(there)))}\n"
+            continue
+        name = f"w{rng.randrange(40)}"
+        there += [] if name in there else [name]
+        job += puts(rng, [name])
+        if number % 40 == 39:
+            job += "fstrim /mnt\n"
+    return job
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+@pytest.mark.parametrize("snapshot", ["none", "before", "racing"])
+def test_a_killed_server_loses_nothing_that_was_synced(base, folder, rng, snapshot, number):
+    job, payload = busy_job(rng), {"blob": base.blob}
+    with (
+        Server(folder, "vm.acow") as server,
+        Guest(folder, job, nbd_drive(), payload=payload) as guest,
+    ):
+        guest.wait("@@ PAUSE start")
+        start = list(guest.lines)
+        if snapshot == "before":
+            server.ctl("snapshot", "--as", "frozen.acow")
+        guest.say()
+        guest.wait("@@ SYNCED w")
+        time.sleep(rng.uniform(0, 1.5))
+        before = list(guest.lines)
+        if snapshot == "racing":
+            with server.send("snapshot", name="frozen.acow"):
+                time.sleep(rng.uniform(0, 0.03))
+                server.kill()
+        server.kill()
+        time.sleep(0.2)  # a promise made by mistake would come now
+        guest.kill()
+    promises = Promises.read(base, guest.lines)
+    assert promises.count > 3
+    base.untouched(folder)
+
+    drives = [nbd_drive()]
+    frozen = folder / "frozen.acow"
+    # Killed between two steps, one disk has two names.
+    is_frozen = frozen.exists() and not frozen.samefile(folder / "vm.acow")
+    if is_frozen:
+        drives.append(file_drive(flattened(folder, "frozen.acow")))
+    replaying = "".join(
+        f"mount -t ext4 /dev/{disk} /mnt; umount /mnt\n" for disk in ("vda", "vdb")[: len(drives)]
+    )
+    with Server(folder, "vm.acow") as server:
+        with Guest(folder, replaying + "dmesg | grep EXT4-fs\n", *drives) as again:
+            again.finish()
+        server.stop()
+    assert any("recovery complete" in line for line in again.lines), again.console()
+
+    run_mmcow(folder, "check", "vm.acow")
+    judge(flattened(folder, "vm.acow"), promises, others="bulk")
+    if is_frozen:
+        moment = Promises.read(base, start if snapshot == "before" else before)
+        if snapshot == "racing":
+            moment.doubtful |= touched(guest.lines[len(before) :]) | {"bulk"}
+        judge(folder / "frozen.acow.flat", moment)
+    else:
+        assert snapshot != "before"
+    base.untouched(folder)
+
+
+def test_two_guests_over_one_base(base, folder, rng):
+    """One server with two exports, and another one, over the same base."""
+    for name in ("one.acow", "two.acow"):
+        overlay(folder, name)
+    jobs = [
+        "mount -t ext4 /dev/vda /mnt\n" + puts(rng, [f"{who}{n}" for n in range(10)] + ["old05"])
+        + f"gone /mnt old{15 + len(who)}\nfstrim /mnt\numount /mnt\n"
+        for who in ("a", "bb")
+    ]  # fmt: skip
+    payload = {"blob": base.blob}
+    with (
+        Server(folder, "one.acow", "vm.acow") as first,
+        Server(folder, "two.acow", name="other") as second,
+        Guest(folder, jobs[0], nbd_drive(export="one.acow"), payload=payload) as one,
+        Guest(folder, jobs[1], nbd_drive("other.sock"), payload=payload) as two,
+    ):
+        one.finish()
+        two.finish()
+        first.stop()
+        second.stop()
+    base.untouched(folder)
+    for name, guest in (("one", one), ("two", two)):
+        promises = Promises.read(base, guest.lines)
+        assert promises.count == 12
+        judge(flattened(folder, f"{name}.acow"), promises)
+    judge(flattened(folder, "vm.acow"), Promises(base.files))
