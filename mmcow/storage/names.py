@@ -29,7 +29,8 @@ def directory_of(path: str) -> str:
 def temporary_name(path: str) -> str:
     """A free name in ``path``'s directory for what will become ``path``."""
     directory, base = os.path.split(path)
-    return os.path.join(directory, f".{base[:200]}.{os.urandom(4).hex()}.mmcow-new")
+    shown = os.fsdecode(os.fsencode(base)[:200])  # names are limited in bytes, not in letters
+    return os.path.join(directory, f".{shown}.{os.urandom(4).hex()}.mmcow-new")
 
 
 def make_file(host: Host, path: str, fill: Callable[[Handle], None], *, replace: bool) -> None:
