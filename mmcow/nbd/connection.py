@@ -520,9 +520,11 @@ class Connection(asyncio.BufferedProtocol):
         """Send the replies that are ready."""
         self._write_due = False
         out = self._out
-        if out and not self._gone:
+        if out:
             self._out = []
-            if len(out) == 1:
+            if self._transport.is_closing():  # the client is gone, which is told later
+                pass
+            elif len(out) == 1:
                 self._transport.write(out[0])
             elif max(map(len, out)) <= JOIN_MOST:
                 self._transport.writelines(out)

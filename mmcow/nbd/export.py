@@ -33,7 +33,7 @@ LOG_SECONDS = 1.0
 GLANCE = 16 << 10
 
 # Extents told in one answer to BLOCK_STATUS: bounds the answer and the time under the lock.
-EXTENTS_MOST = 8192
+EXTENTS_MOST = 2048
 
 
 class Counters:
