@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 APT_BUILD := liburing-dev gcc python3-dev python3-venv
-APT_INTEROP := qemu-utils fio xfsprogs e2fsprogs btrfs-progs qemu-system-x86 busybox-static
+APT_INTEROP := qemu-utils fio xfsprogs e2fsprogs btrfs-progs qemu-system-x86 busybox-static libnbd-bin python3-libnbd nbdkit openssl
 SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 
 .DEFAULT_GOAL := help
@@ -64,8 +64,9 @@ fault: build deps-interop ## every storage call failing, in the simulator; kills
 	$(BIN)/python -m tests.sim.fault
 	MMCOW_KILL_SECONDS=600 $(BIN)/python -m pytest tests/fault --timeout 3600
 
-fuzz: build ## damaged images from a random seed, the long form
+fuzz: build ## damaged images and hostile clients from a random seed, the long form
 	$(BIN)/python -m pytest -m hostile --timeout 3600
+	$(BIN)/python -m tests.fuzz.nbd
 
 soak: build ## long random runs
 	$(BIN)/python -m pytest -m soak --timeout 3600

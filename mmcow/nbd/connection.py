@@ -151,19 +151,15 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes came."""
         if self._handshake is not None:
-            self._guarded(partial(self._negotiate, self._handshake, self._receive[:nbytes]))
+            self._have += nbytes
+            if "tls" not in self._held:  # else before start_tls has returned: it has to wait
+                self._negotiate(self._handshake)
         elif self.export is not None:
             if self._request is not None:
                 self._filled += nbytes
             else:
                 self._have += nbytes
             self._turn(self.export)
-
-    def _guarded(self, work: Any) -> None:
-        try:
-            work()
-        except wire.ProtocolError as error:
-            self.drop(str(error))
 
     # ---- negotiation ----
 
@@ -174,8 +170,13 @@ class Connection(asyncio.BufferedProtocol):
             return None
         return self._deadline.when() - HANDSHAKE_SECONDS
 
-    def _negotiate(self, handshake: Handshake, data: memoryview) -> None:
-        step = handshake.feed(data)
+    def _negotiate(self, handshake: Handshake) -> None:
+        data, self._have = self._receive[: self._have], 0
+        try:
+            step = handshake.feed(data)
+        except wire.ProtocolError as error:
+            self.drop(str(error))
+            return
         self._send_handshake()
         if step is Step.CLOSE:
             self._end_handshake()
@@ -212,6 +213,8 @@ class Connection(asyncio.BufferedProtocol):
             self._encrypted = True
             handshake.encrypted()
             self._release("tls")
+            if self._have:
+                self._negotiate(handshake)
 
     def _transmit(self, handshake: Handshake) -> None:
         export = handshake.export
