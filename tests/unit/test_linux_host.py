@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import weakref
 
 import pytest
 
@@ -188,3 +190,24 @@ def test_closing_with_requests_in_flight_waits_for_them(host, handle):
     queue.submit()
     queue.close()
     assert handle.read_at(0, 400) == b"late" * 100
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_buffers_are_kept_until_the_result_is_in(queue, handle, operation, parts):
+    """This test forgets buffers that the kernel still has: freed memory must not be written to."""
+
+    class Buffer(bytearray):
+        pass
+
+    buffers = [Buffer(4096) for _ in range(parts)]
+    watches = [weakref.ref(buffer) for buffer in buffers]
+    getattr(queue, operation)(handle, 0, [memoryview(buffer) for buffer in buffers])
+    del buffers
+    gc.collect()
+    assert all(watch() is not None for watch in watches)
+    reactor = Reactor(queue)
+    while queue.busy:
+        reactor.poll()
+    gc.collect()
+    assert all(watch() is None for watch in watches)
