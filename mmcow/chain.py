@@ -75,6 +75,7 @@ def open_chain(opener: Opener, path: str, options: ChainOptions) -> list[Layer]:
                 _explain_own_lock(opener, layer, seen, error)
                 raise
             layers.append(layer)
+            _check_changed_base(opener, layers[-2], layer)
             _note_identities(opener, layer, seen)
     except BaseException:
         close_layers(layers)
@@ -121,7 +122,6 @@ def _open_backing(
         raise ChainError(above.driver.path, "backing file", name, problem) from error
     except UsageError as error:
         raise ChainError(above.driver.path, "backing file", name, str(error)) from error
-    _check_changed_base(opener, above, layer)
     return layer
 
 
@@ -160,7 +160,8 @@ def find_backing(
 
 def _check_changed_base(opener: Opener, above: Layer, base: Layer) -> None:
     """Ask a format that records its base's state whether the base is still the same."""
-    text = above.driver.base_changed(base.driver.data.handle.mtime(), base.driver.info.size)
+    mtime = opener.host.stat(base.driver.path).mtime
+    text = above.driver.base_changed(mtime, base.driver.info.size)
     if text is not None:
         opener.warnings.append(text)
 

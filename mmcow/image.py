@@ -587,7 +587,9 @@ def _examine_base(
             for name in (layer.driver.path, layer.driver.data.path):
                 identities[opener.host.stat(name).identity] = name
         driver = layers[0].driver
-        return _Base(format_, driver.info.size, driver.data.handle.mtime(), identities)
+        # Of the file that is named: ``check`` and ``rebase -u`` look at no other.
+        mtime = opener.host.stat(driver.path).mtime
+        return _Base(format_, driver.info.size, mtime, identities)
     finally:
         close_layers(layers)
 

@@ -104,7 +104,7 @@ def commit(
                 backing_format=backing_format,
             )
             stack.enter_context(target)
-            rename = None if keep else _stamp(top, target)
+            rename = None if keep else _stamp(host, top, target)
             if target.size < top.size:
                 target.resize(top.size)
             return _merge(layers, target, keep=keep, progress=progress)
@@ -117,12 +117,11 @@ def commit(
                 opener.queue.close()
 
 
-def _stamp(top: Image, target: Image) -> tuple[str, str | None] | None:
+def _stamp(host: Host, top: Image, target: Image) -> tuple[str, str | None] | None:
     """The backing name, if the image records its base's time with it: to be recorded anew, for
     the commit changes the base. None also where the base had changed before."""
     driver = top.layers[0].driver
-    data = target.engine.top.data.handle
-    mtime, size = data.mtime(), target.size
+    mtime, size = host.stat(target.path).mtime, target.size
     if driver.base_changed(mtime, size) is not None:
         return None
     return driver.backing if driver.base_changed(mtime + 1, size) is not None else None
