@@ -113,12 +113,14 @@ class Task(Completion[T]):
             awaited: Completion[Any] = self._coroutine.send(None)
         except StopIteration as stop:
             self.set(stop.value)
-        # Whatever ends the coroutine belongs to whoever awaits the task: a
-        # KeyboardInterrupt that struck inside it as well as an Exception.
-        except BaseException as error:  # noqa: BLE001
-            if not isinstance(error, Exception):
-                self._reactor.interrupted = error
+        except Exception as error:  # noqa: BLE001 - belongs to whoever awaits the task
             self.fail(error)
+        except BaseException as error:
+            # A KeyboardInterrupt is the thread's that runs the task, which need not be the one
+            # that waits for it.
+            self._reactor.interrupted = error
+            self.fail(Interrupted(error))
+            raise
         else:
             suspended.add(self)
             awaited.on_done(self._wake)
@@ -172,7 +174,7 @@ class Reactor:
         # been lost on its way, so nothing may be waited for any more.
         self.interrupted: BaseException | None = None
         self.lock = threading.RLock()
-        self._progress = threading.Condition(self.lock)
+        self._sleepers: list[threading.Lock] = []
         self._has_leader = False
         self._followers = 0
         self._quiescing = 0
@@ -254,8 +256,8 @@ class Reactor:
             self._quiescing += 1
             try:
                 while self._has_leader or self._followers:
-                    self._progress.notify_all()
-                    self._progress.wait()
+                    self._wake_all()
+                    self._sleep()
             finally:
                 self._quiescing -= 1
 
@@ -281,7 +283,7 @@ class Reactor:
             finally:
                 self._has_leader = False
                 if self._followers or self._quiescing:
-                    self._progress.notify_all()
+                    self._wake_all()
 
     def _follow(self, completion: Completion[Any]) -> None:
         self.queue.submit()
@@ -290,11 +292,11 @@ class Reactor:
             return
         self._followers += 1
         try:
-            self._progress.wait()
+            self._sleep()
         finally:
             self._followers -= 1
             if self._quiescing:
-                self._progress.notify_all()
+                self._wake_all()
 
     def _lead(self, completion: Completion[Any]) -> None:
         while not completion.done:
@@ -304,7 +306,7 @@ class Reactor:
             self._turn(wait=not self.ready)
             self._drain()
             if self._followers:
-                self._progress.notify_all()
+                self._wake_all()
 
     def _turn_without_waiting(self) -> None:
         if self._has_leader:
@@ -318,15 +320,30 @@ class Reactor:
             self.queue.deliver(finished)
 
     def _turn_unlocked(self) -> list[tuple[Completion[Any], int]]:
-        """Wait in the queue without the lock. RLock: leave it entirely, whatever the depth, as
-        Condition.wait does."""
+        return self._without_lock(lambda: self.queue.turn(True))
+
+    def _sleep(self) -> None:
+        """Wait, without the lock, for the next ``_wake_all``. Not a Condition: a KeyboardInterrupt
+        can strike in one between giving up the lock and knowing how deep it was held."""
+        waiter = threading.Lock()
+        waiter.acquire()
+        self._sleepers.append(waiter)
+        self._without_lock(waiter.acquire)
+
+    def _wake_all(self) -> None:
+        sleepers, self._sleepers = self._sleepers, []
+        for waiter in sleepers:
+            waiter.release()
+
+    def _without_lock(self, wait: Callable[[], T]) -> T:
+        """Call ``wait`` with the lock given up entirely, whatever the depth."""
         saved: list[Any] = []
         release = self.lock._release_save  # type: ignore[attr-defined]  # noqa: SLF001
         try:
             # One call in C: no KeyboardInterrupt gets between giving the lock up and knowing how
             # deep it was held.
             saved.extend(starmap(release, _ONE_CALL))
-            return self.queue.turn(True)
+            return wait()
         finally:
             if saved:
                 self.lock._acquire_restore(saved[0])  # type: ignore[attr-defined]  # noqa: SLF001

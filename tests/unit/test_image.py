@@ -893,7 +893,6 @@ def test_interrupt_leaves_the_lock_as_it_was(overlay, host, interrupting):
         assert taken == [True]
         # The helper ended holding it; what close needs is a lock of its own.
         image.reactor.lock = threading.RLock()
-        image.reactor._progress = threading.Condition(image.reactor.lock)
         image.close()
 
 

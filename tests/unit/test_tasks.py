@@ -408,3 +408,27 @@ def test_keyboard_interrupt_of_a_coroutine_reaches_its_waiter(reactor):
         reactor.run(work())
     with pytest.raises(Interrupted):
         reactor.run(work())
+
+
+def test_interrupt_in_another_threads_coroutine_is_the_runners(queue, reactor):
+    """This test breaks into a leader while it runs a follower's coroutine: the KeyboardInterrupt
+    is the leader's (it may be the main thread), the follower hears that it was interrupted."""
+
+    async def ask():
+        return await queue.request()
+
+    async def struck():
+        await queue.request()
+        raise KeyboardInterrupt
+
+    leader = Waiter(reactor, ask())
+    queue.wait_for_sleeper()
+    first = queue.in_flight[0]
+    follower = Waiter(reactor, struck())
+    with queue.changed:
+        assert queue.changed.wait_for(lambda: len(queue.in_flight) == 2, 10)
+    queue.finish(next(r for r in queue.in_flight if r is not first), 0)
+    with pytest.raises(KeyboardInterrupt):
+        leader.result()
+    with pytest.raises(Interrupted):
+        follower.result()
