@@ -16,7 +16,7 @@ from typing import Self
 from tests.guest.vm import Guest, file_drive, run_mmcow
 from tests.interop.tools import Failed, run, sha256
 
-BASE_SIZE = 64 << 20
+BASE_SIZE = 48 << 20
 BASE_FILES = 40
 BLOB_KIB = 2048
 
@@ -149,10 +149,14 @@ def flattened(folder: Path, image: str) -> Path:
     return folder / f"{image}.flat"
 
 
-def replay(folder: Path, *paths: Path) -> None:
-    """Let a kernel replay the journals of raw files: mount and unmount."""
-    job = "".join(
-        f"mount -t ext4 /dev/vd{letter} /mnt; umount /mnt\n" for letter in "abcdefgh"[: len(paths)]
+def mounts(count: int) -> str:
+    """A job: mount and unmount disk after disk, for the kernel to replay their journals."""
+    return "".join(
+        f"mount -t ext4 /dev/vd{letter} /mnt\numount /mnt\n" for letter in "abcdefgh"[:count]
     )
-    with Guest(folder, job, *(file_drive(path) for path in paths)) as guest:
+
+
+def replay(folder: Path, *paths: Path) -> None:
+    """Let a kernel replay the journals of raw files."""
+    with Guest(folder, mounts(len(paths)), *map(file_drive, paths)) as guest:
         guest.finish()
