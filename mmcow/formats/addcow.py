@@ -306,8 +306,9 @@ class AddCowDriver(Driver):
     async def check(self, repair: str) -> CheckResult:
         """Header rests and the file's length; bits cannot contradict each other.
 
-        Any bitmap is a valid one, so nothing here is ever data at risk; "corruption" is what
-        breaks the text of the format, "leak" is space behind the bitmap.
+        Any bitmap is a valid one, so nothing here is ever data at risk. "leak" is what is left
+        over and means nothing: space behind the bitmap, rests of names (an interrupted rename
+        leaves them); "corruption" is what is missing.
         """
         if repair and not self._handle.writable:
             raise ReadOnlyError(self.path, "repair")
@@ -321,11 +322,11 @@ class AddCowDriver(Driver):
 
     async def _check_header(self, repair: str) -> list[Finding]:
         stray = self._header.stray()
-        if stray and repair == "all":
+        if stray and repair:
             await self._write_header(meta.without_stray(self._header))
         return [
-            Finding("corruption", f"header has non-zero bytes outside fields and names "
-                    f"between {offset} and {offset + length}", repair == "all")
+            Finding("leak", f"header has non-zero bytes outside fields and names "
+                    f"between {offset} and {offset + length}", bool(repair))
             for offset, length in stray
         ]  # fmt: skip
 

@@ -124,6 +124,8 @@ class CowDriver(Driver):
         through = self.data.cache.write_through
         cache = Cache.WRITETHROUGH if through else Cache.WRITEBACK
         self._cache_note = _UNSEPARATED.format(block=block, start=start)
+        if access.cache is not Cache.AUTO:
+            self._opener.warnings.append(f"{self.path}: {self._cache_note}")
         # Locks of one descriptor exclude those of the other, so the first must go before; what the
         # header said meanwhile is asked again.
         self.data.close()
@@ -318,6 +320,15 @@ class CowDriver(Driver):
         except (ChainError, StorageError):
             return None
         return self.base_changed(facts.mtime, self._header.size) if facts.kind == "file" else None
+
+    async def base_will_change(self) -> None:
+        """Record the base's time as unknown (0)."""
+        assert self.window.dirty() == 0, "the header shares units with the first bits"
+        header = self._header
+        if header.mtime:
+            stamp = cow_meta.stamp_change(header.layout, 0)
+            await self.window.write_through(stamp.offset, stamp.data)
+            self._header = header._replace(mtime=0)
 
     async def drop_backing(self) -> None:
         """See ``Driver.drop_backing``. Only when every bit is set, durably."""

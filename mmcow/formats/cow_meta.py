@@ -494,6 +494,12 @@ class Change(NamedTuple):
     data: bytes
 
 
+def stamp_change(layout: Layout, mtime: int) -> Change:
+    """The bytes that record the base's time (seconds; 0: unknown)."""
+    offset = _field(layout.structure, "mtime").offset
+    return Change(offset, (mtime & 0xFFFFFFFF).to_bytes(4, "big"))
+
+
 def rename_changes(layout: Layout, old: bytes, new: bytes, mtime: int) -> list[Change]:
     """How to replace the backing name in place, step by durable step.
 
@@ -509,8 +515,7 @@ def rename_changes(layout: Layout, old: bytes, new: bytes, mtime: int) -> list[C
     room = SECTOR - offset
     first, rest = Change(offset, area[:room]), Change(SECTOR, area[room:])
     assert rest.offset + len(rest.data) == end
-    stamp_offset = _field(layout.structure, "mtime").offset
-    stamp = Change(stamp_offset, (mtime & 0xFFFFFFFF).to_bytes(4, "big"))
+    stamp = stamp_change(layout, mtime)
     if len(old) < room:
         return [rest, first, stamp]
     return [first, rest, stamp]

@@ -177,6 +177,12 @@ class Driver(ABC):
         seconds) or size and the base has others now; None where nothing differs or is known."""
         return None
 
+    async def base_will_change(self) -> None:
+        """The base is about to be changed on purpose (commit): durably forget what was recorded of
+        its state, so that a stop in the middle does not look like somebody else's change. With
+        everything flushed."""
+        return
+
     @abstractmethod
     async def check(self, repair: str) -> CheckResult:
         """Examine the metadata. ``repair``: "" (look only), "leaks" or "all"."""

@@ -219,6 +219,10 @@ class Guard(Driver):
         self._check_open()
         return self.inner.describe()
 
+    async def base_will_change(self) -> None:
+        """Passed on."""
+        await self.inner.base_will_change()
+
     def locked_handles(self) -> tuple[Handle, ...]:
         """The driver's."""
         return self.inner.locked_handles()

@@ -105,6 +105,9 @@ def commit(
             )
             stack.enter_context(target)
             rename = None if keep else _stamp(host, top, target)
+            if rename is not None:
+                top.flush()
+                top.reactor.run(top.engine.top.base_will_change())
             if target.size < top.size:
                 target.resize(top.size)
             return _merge(layers, target, keep=keep, progress=progress)

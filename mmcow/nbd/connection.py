@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket as sockets
 import struct
 import time
 from functools import partial
@@ -112,6 +113,10 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.abort()
             return
         self._deadline = self._loop.call_later(HANDSHAKE_SECONDS, self._too_slow)
+        socket = transport.get_extra_info("socket")
+        if socket is not None and socket.family != sockets.AF_UNIX:
+            # A machine that is switched off says nothing; without this its connection stays.
+            socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1)
         self._send_handshake()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -250,12 +255,11 @@ class Connection(asyncio.BufferedProtocol):
         try:
             with reactor.lock:
                 self._parse(export)
-            if self._started:
-                reactor.poll()
         except wire.ProtocolError as error:
             self.drop(str(error))
-        finally:
-            self._in_turn = False
+        if self._started:
+            reactor.poll()
+        self._in_turn = False
         self._write_out()
 
     def _parse(self, export: Export) -> None:

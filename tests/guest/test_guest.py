@@ -276,7 +276,7 @@ def test_a_killed_server_loses_nothing_that_was_synced(base, folder, rng, snapsh
             time.sleep(rng.uniform(0, 1))
         elif snapshots == "racing":
             with server.send("snapshot", name="live.acow"):
-                time.sleep(rng.uniform(0, 0.03))
+                time.sleep(rng.uniform(0, 0.012))
                 server.kill()
         server.kill()
         time.sleep(0.2)  # a promise made by mistake would come now

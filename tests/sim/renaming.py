@@ -111,7 +111,7 @@ class RenameCase:
         try:
             if read_all(image) != self.content:
                 raise Violation("the disk reads differently")
-            check_clean(image, accept="header has non-zero bytes")  # rests of a name
+            check_clean(image)
             recorded = image.chain[0].backing
             if recorded is None or os.path.basename(recorded) not in self.names:
                 raise Violation(f"the base is recorded as {recorded!r}, not one of {self.names}")

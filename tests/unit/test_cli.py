@@ -70,7 +70,9 @@ def _make_pair():
     with written("base.raw", format="raw") as image:
         image.write(64 * KIB, b"\1" * (64 * KIB))
         image.write(MIB, b"\2" * MIB)
-    mmcow.create("top.acow", backing="base.raw", backing_format="raw")
+    mmcow.create(
+        "top.acow", backing="base.raw", backing_format="raw", options={"cluster_size": "64k"}
+    )
     with written("top.acow") as image:
         image.write(512 * KIB, b"\3" * (128 * KIB))
 

@@ -379,7 +379,7 @@ def test_write_flush_reopen(any_bench, layout, cache):
     bench = any_bench
     bench.create(**compat(layout))
     engine = bench.engine(bench.open(cache=cache))
-    pieces = [(0, b"a" * 512), (1000, b"b" * 100), (5120, b"c" * 9000), (MIB - 512, b"d" * 512)]
+    pieces = [(0, b"a" * 512), (1024, b"b" * 1024), (5120, b"c" * 9216), (MIB - 512, b"d" * 512)]
     model = bytearray(MIB)
     for offset, data in pieces:
         bench.write(engine, offset, data)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Snapshots of an open image: nothing is lost, the served name is the top, failures change nothing."""
+"""Snapshots of an open image: nothing is lost, the served name is the top, a failure changes
+nothing."""
 
 from __future__ import annotations
 

@@ -202,6 +202,17 @@ def test_a_thousand_at_once_that_never_finish(served, monkeypatch):
         assert wait_for(lambda: len(served.server.connections) == 1, seconds=20)
 
 
+def test_what_came_before_the_garbage_is_finished(tmp_path):
+    """Requests begun in the same piece as the end of the session do not stay begun."""
+    with serving(make_raw(tmp_path / "d", bytes(MIB)), tmp_path / "t") as served:
+        with connect(served.path) as client:
+            client.send(nbd.request(nbd.READ, 1, 0, 4096) * 3 + b"garbage" * 4)
+            with suppress(ConnectionError):
+                while client.socket.recv(65536):
+                    pass
+        assert wait_for(lambda: served.engine().gate.inside == 0)
+
+
 def test_half_open(served):
     """Both ways of being half there."""
     reading, writing = Client(served.path), Client(served.path)

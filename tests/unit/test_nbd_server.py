@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 import time
 
@@ -157,6 +158,36 @@ class TestLimits:
         assert server._affordable(5000) == 896
         assert server._affordable(10) == 10
 
+    @pytest.mark.parametrize("length", [512, 4 * MIB])
+    def test_what_one_client_may_have_in_flight(self, tmp_path, length):
+        """While the disk does not answer, no more is begun, and all is answered in the end."""
+        disk = make_raw(tmp_path / "big.raw", bytes(4 * MIB))
+        with serving(disk, tmp_path / "s") as served, connect(served.path) as client:
+            held = []
+
+            def never(_offset, buffers):
+                completion = Completion()
+                held.append((completion, buffers))
+                return completion
+
+            served.engine().top.data.read = never
+            for _ in range(300):
+                client.start(nbd.READ, 0, length)
+            time.sleep(0.3)
+            most = min(connection.REQUESTS_MOST, connection.BYTES_MOST // length)
+            assert len(held) == most
+            (one,) = served.server.connections
+            assert one.memory == served.server.memory.used == most * length
+
+            def answer():
+                while held:
+                    held.pop()[0].set(length)
+
+            for _ in range(300):
+                while not client_has_data(client):
+                    served.run(answer)
+                assert client.next_reply()[1].data == bytes(length)
+
     def test_memory_is_shared_out(self, tmp_path, image, monkeypatch):
         """Clients that take all of it and do not move stop nobody for long."""
         monkeypatch.setattr(memory, "MEMORY_MOST", 2 * MIB)
@@ -298,6 +329,10 @@ class TestClose:
         with connect(path) as client:
             client.write(0, b"z")
             client.disconnect()
+
+
+def client_has_data(client):
+    return bool(select.select([client.socket], [], [], 0.001)[0])
 
 
 def test_idle_means_idle(tmp_path, image):
