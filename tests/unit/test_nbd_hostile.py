@@ -112,6 +112,11 @@ def test_never_read_replies(served, structured):
         clients.append(client)
     time.sleep(1)
     held = served.run(lambda: served.server.memory.used)
+    unsent = served.run(
+        lambda: sum(c._transport.get_write_buffer_size() for c in served.server.connections)
+    )
+    assert unsent > 16 * MIB  # they do fill it
+    assert unsent <= held + 21 * memory.SHARE  # and what has not left still counts
     assert held <= memory.MEMORY_MOST + 21 * memory.SHARE
     assert resident() - before < 3 * memory.MEMORY_MOST
     for client in clients:

@@ -7,6 +7,7 @@ import errno
 import random
 import socket
 import threading
+import time
 
 import pytest
 
@@ -58,6 +59,9 @@ class TestRead:
         assert client.ask(nbd.READ, 3 * MIB, 64 * KIB, flags=nbd.DF).kinds == [2]
         reply = client.ask(nbd.READ, 2 * MIB - 64 * KIB, 128 * KIB, flags=nbd.DF)
         assert reply.kinds == [1]
+        client.write(3 * MIB + 300 * KIB, b"y" * 65536)  # a hole at first, then data
+        expected = bytes(300 * KIB) + b"y" * 65536
+        assert client.read(3 * MIB, len(expected)) == expected
         client.write(3 * MIB + 4096, b"x")
         assert client.ask(nbd.READ, 3 * MIB, 64 * KIB).kinds == [1]
 
@@ -457,6 +461,32 @@ class TestReadOnly:
 
 
 class TestTheEnd:
+    @pytest.mark.parametrize("how", ["disc", "half-close"])
+    def test_waits_for_a_slow_disk(self, served, how):
+        base = served.engine().layers[1].data
+        read, held = base.read, []
+
+        def slow(offset, buffers):
+            held.append((Completion(), offset, buffers))
+            return held[-1][0]
+
+        def answer():
+            for completion, offset, buffers in held:
+                read(offset, buffers).on_done(lambda r, c=completion: c.set(r.value))
+            served.engine().reactor.poll()
+
+        base.read = slow
+        with connect(served.path) as client:
+            cookies = {client.start(nbd.READ, n * 4096, 4096) for n in range(3)}
+            if how == "disc":
+                client.start(nbd.DISC)
+            else:
+                client.socket.shutdown(socket.SHUT_WR)
+            time.sleep(0.2)
+            served.run(answer)
+            assert {client.next_reply()[0] for _ in cookies} == cookies
+            assert client.at_end()
+
     def test_disc_finishes_what_is_in_flight(self, served, model):
         with connect(served.path) as client:
             cookies = [client.start(nbd.READ, n * 4096, 4096) for n in range(64)]
