@@ -231,13 +231,13 @@ class Guest:
             self._ended = True
             self._changed.notify_all()
 
-    def wait(self, start: str, seconds: float = STEP_SECONDS, *, count: int = 1) -> list[str]:
-        """Until ``count`` lines begin with ``start``; returns those there are."""
+    def wait(self, start: str, seconds: float = STEP_SECONDS) -> list[str]:
+        """Until a line begins with ``start``; returns those that do."""
         end = time.monotonic() + seconds
         with self._changed:
             while True:
                 found = [line for line in self.lines if line.startswith(start)]
-                if len(found) >= count:
+                if found:
                     return found
                 left = end - time.monotonic()
                 if self._ended or left <= 0:
