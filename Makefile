@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two at a time: files of tests do not disturb each other.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 STAMPS := $(VENV)/.stamps
 APT_BUILD := liburing-dev gcc python3-dev python3-venv
 APT_INTEROP := qemu-utils fio xfsprogs e2fsprogs btrfs-progs qemu-system-x86 busybox-static libnbd-bin python3-libnbd nbdkit openssl
@@ -45,7 +47,8 @@ test: build deps-interop ## everything: lint, types, all test tiers in their sho
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	tests/c/run
-	$(BIN)/python -m pytest
+	$(PYTEST)
+	MMCOW_QUEUE=threads $(PYTEST) --ignore tests/sim
 
 check: build ## quick: lint, types and the tests that need neither root nor programs
 	$(BIN)/ruff check .
