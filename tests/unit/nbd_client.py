@@ -60,8 +60,12 @@ class Client:
         self, path: str, *, flags: int = 3, greet: bool = True, timeout: float = 15
     ) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.socket.connect(path)  # waits where many others do
+        except OSError:
+            self.socket.close()
+            raise
         self.socket.settimeout(timeout)
-        self.socket.connect(path)
         self.size = 0
         self.flags = 0
         self.structured = False

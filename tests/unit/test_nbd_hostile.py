@@ -33,11 +33,12 @@ def served(tmp_path):
         good.start()
         try:
             yield served
+            before = good.done
+            assert wait_for(lambda: good.done > before + 1 or good.failure is not None)
         finally:
             good.end.set()
             good.join()
         assert good.failure is None, good.failure
-        assert good.done
         with connect(served.path) as client:
             assert client.read(0, SIZE // 2) == bytes(b"b" * MIB) + bytes(SIZE // 2 - MIB)
 
