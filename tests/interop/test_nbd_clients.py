@@ -6,6 +6,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
+import ssl
+import struct
 import subprocess
 import sys
 import time
@@ -332,11 +335,39 @@ class TestTls:
             run("nbdinfo", self.uri(process, certificates / "anonymous"))
             assert run("nbdinfo", process.uri.replace("nbds://", "nbd://"), ok=()).returncode
 
+    def test_the_first_option_in_the_same_piece_as_the_end_of_tls_handshake(
+        self, certificates, disk
+    ):
+        """What arrives together with the client's Finished must be answered, and encrypted."""
+        context = ssl.create_default_context(cafile=certificates / "ours" / "ca-cert.pem")
+        with quiet_serving("--tls", certificates / "ours", disk) as process:
+            port = int(process.uri.split(":")[2].rstrip("/"))
+            for _ in range(5):
+                with socket.create_connection(("127.0.0.1", port), timeout=10) as one:
+                    one.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 5, 0))
+                    one.recv(18, socket.MSG_WAITALL)
+                    one.recv(20, socket.MSG_WAITALL)
+                    come, go = ssl.MemoryBIO(), ssl.MemoryBIO()
+                    tls = context.wrap_bio(come, go, server_hostname="localhost")
+                    while True:
+                        try:
+                            tls.do_handshake()
+                            break
+                        except ssl.SSLWantReadError:
+                            one.sendall(go.read())
+                            come.write(one.recv(65536))
+                    tls.write(struct.pack(">8sII", b"IHAVEOPT", 3, 0))
+                    one.sendall(go.read())
+                    answer = b""
+                    while len(answer) < 44:  # SERVER with an empty name, and ACK
+                        try:
+                            answer += tls.read(100)
+                        except ssl.SSLWantReadError:
+                            come.write(one.recv(65536))
+                    assert struct.unpack_from(">QII", answer) == (0x3E889045565A9, 3, 2)
+
     def test_clients_that_leave_in_the_middle_of_it(self, certificates, disk):
         """At every length of the first flight; afterwards the server is whole."""
-        import socket
-        import struct
-
         start = struct.pack(">I8sII", 3, b"IHAVEOPT", 5, 0)
         hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(600)
         with quiet_serving("--tls", certificates / "ours", disk) as process:
