@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: MIT
+"""``mmcow serve`` and ``mmcow ctl`` as processes: signals, readiness, the ways in, the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import mmcow
+from tests.interop.tools import requires
+from tests.unit.nbd_client import Client
+
+pytestmark = pytest.mark.interop
+
+MIB = 1 << 20
+MMCOW = [sys.executable, "-m", "mmcow"]
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.raw").write_bytes(b"base" * (MIB // 4))
+    mmcow.create("vm.acow", backing="base.raw", backing_format="raw")
+    return "vm.acow"
+
+
+class Server:
+    """A running ``mmcow serve``."""
+
+    def __init__(self, *arguments, wait=True, **options):
+        self.process = subprocess.Popen(
+            [*MMCOW, "serve", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        self.ready = self.process.stdout.readline().strip() if wait else ""
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        return self.end()
+
+    def end(self):
+        out, err = self.process.communicate(timeout=30)
+        return self.process.returncode, out, err
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+def ctl(*words, status=0):
+    done = subprocess.run(
+        [*MMCOW, "ctl", "ctl.sock", *words], capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def attach(path="nbd.sock", export=""):
+    client = Client(path)
+    client.negotiate_structured()
+    client.go(export)
+    return client
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_flushes_and_leaves_with_0(disk, number):
+    with Server("--socket", "nbd.sock", disk) as server:
+        assert server.ready == "nbd+unix:///?socket=nbd.sock"
+        with attach() as client:
+            client.write(5, b"hello")
+            status, _, err = server.stop(number)
+            assert status == 0, err
+    assert not os.path.exists("nbd.sock")
+    with mmcow.open(disk) as image:
+        assert image.read(5, 5) == b"hello"
+
+
+def test_second_server_is_refused_and_told_who(disk):
+    with Server("--socket", "nbd.sock", disk) as server:
+        with Server("--socket", "other.sock", disk, wait=False) as second:
+            status, _, err = second.end()
+        assert status == 1
+        assert disk in err
+        assert f"pid {server.process.pid}" in err
+        assert "Traceback" not in err
+        with Server("--socket", "nbd.sock", "base.raw", "-r", wait=False) as third:
+            status, _, err = third.end()
+        assert status == 1
+        assert "another server listens there" in err
+        assert server.stop()[0] == 0
+
+
+def test_killed_server_is_replaced(disk):
+    with Server("--socket", "nbd.sock", disk) as server, attach() as client:
+        client.write(0, b"flushed")
+        client.flush()
+        server.process.kill()
+        server.process.wait()
+    with Server("--socket", "nbd.sock", disk) as server:
+        with attach() as client:
+            assert client.read(0, 7) == b"flushed"
+            client.disconnect()
+        assert server.stop()[0] == 0
+
+
+def test_control_verbs(disk):
+    with Server("--socket", "nbd.sock", "--control", "ctl.sock", disk) as server:
+        assert "vm.acow" in ctl("status")
+        with attach() as client:
+            client.write(0, b"x" * 4096)
+            client.disconnect()
+        assert "frozen: monday" in ctl("snapshot", "--as", "monday")
+        assert "completed: 100.0 %" in ctl("stream", "--rate", "100M", "--wait")
+        assert json.loads(ctl("status", "--output=json"))["exports"][0]["chain"] == [
+            "vm.acow (add-cow)"
+        ]
+        assert "2 MiB" in ctl("resize", "+1M")
+        ctl("flush")
+        assert "no base" in ctl("stream", status=1)
+        assert "must be" in ctl("stream", "fly", status=1)
+        assert "--as" in ctl("snapshot", status=1)
+        top = subprocess.Popen(
+            [*MMCOW, "ctl", "ctl.sock", "top"], stdout=subprocess.PIPE, text=True
+        )
+        assert "vm.acow" in top.stdout.readline()
+        top.send_signal(signal.SIGINT)
+        top.communicate(timeout=10)
+        ctl("quit")
+        assert server.end()[0] == 0
+    assert "ctl.sock" in ctl("status", status=1)
+    assert subprocess.run([*MMCOW, "detach", "vm.acow"], check=False).returncode == 0
+
+
+def test_command_runs_against_the_export_and_its_status_is_ours(disk):
+    script = "import sys, os; assert os.path.exists(sys.argv[1].split('socket=')[1]); sys.exit(7)"
+    with Server(disk, "--", sys.executable, "-c", script, "{uri}", wait=False) as server:
+        status, _, err = server.end()
+    assert status == 7, err
+    with Server(disk, "--", "/nosuch/command", wait=False) as server:
+        status, _, err = server.end()
+    assert status == 1
+    assert "/nosuch/command" in err
+
+
+def test_signal_ends_the_command_too(disk):
+    with Server(disk, "--", "sleep", "60", wait=False) as server:
+        deadline = time.monotonic() + 20
+        while not subprocess.run(
+            ["pgrep", "-P", str(server.process.pid)], capture_output=True, check=False
+        ).stdout:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        status, _, _ = server.stop()
+    assert status == 128 + signal.SIGTERM
+
+
+def test_several_images_have_their_file_names(disk):
+    with Server("--socket", "nbd.sock", "-r", disk, "base.raw") as server:
+        for name in ("vm.acow", "base.raw"):
+            with attach(export=name) as client:
+                assert client.read(0, 4) == b"base"
+                client.disconnect()
+        assert server.stop()[0] == 0
+
+
+def test_exits_when_idle(disk):
+    with Server("--socket", "nbd.sock", "--exit-when-idle", "0.3", disk) as server:
+        with attach() as client:
+            time.sleep(0.6)
+            assert client.read(0, 4) == b"base"
+            client.disconnect()
+        assert server.end()[0] == 0
+
+
+def test_tcp_on_a_free_port(disk):
+    with Server("--bind", "127.0.0.1:0", disk) as server:
+        host, port = server.ready.removeprefix("nbd://").rstrip("/").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            assert connection.recv(8) == b"NBDMAGIC"
+        assert server.stop()[0] == 0
+
+
+def test_socket_activation_and_ready_notification(disk, tmp_path):
+    with (
+        socket.socket(socket.AF_UNIX) as listening,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify,
+    ):
+        listening.bind("given.sock")
+        listening.listen()
+        notify.bind(str(tmp_path / "notify.sock"))
+        notify.settimeout(20)
+        # What systemd does: the socket is descriptor 3, LISTEN_PID is the program's own.
+        script = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); "
+            "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); "
+            "os.execv(sys.executable, [sys.executable, '-m', 'mmcow', 'serve', 'vm.acow'])"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(listening.fileno())],
+            pass_fds=[listening.fileno()],
+            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify.sock")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            assert b"READY=1" in notify.recv(100)
+            with attach("given.sock") as client:
+                assert client.read(0, 4) == b"base"
+                client.disconnect()
+            process.terminate()
+            _, err = process.communicate(timeout=30)
+            assert process.returncode == 0, err
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["vm.acow"], "say where to listen"),
+        (["--socket", "s", "nosuch"], "nosuch"),
+        (["--socket", "/nosuch/dir/s", "vm.acow"], "/nosuch/dir/s"),
+        (["--bind", "nowhere", "vm.acow"], "HOST:PORT"),
+        (["--socket", "s", "--export-name", "a", "vm.acow", "base.raw"], "export names"),
+        (["--socket", "s", "-r", "vm.acow", "vm.acow"], "two exports"),
+        (["--socket", "s", "--tls-verify-peer", "vm.acow"], "--tls-certs"),
+        (["--bind", "localhost:0", "--tls-certs", "/nosuch", "vm.acow"], "/nosuch"),
+        (["--socket", "base.raw", "vm.acow"], "base.raw"),
+    ],
+)
+def test_wrong_arguments_are_told(disk, arguments, text):
+    with Server(*arguments, wait=False) as server:
+        status, _, err = server.end()
+    assert status == 1
+    assert text in err
+    assert "Traceback" not in err
+    assert os.path.getsize("base.raw") == MIB
+
+
+def test_log_lines_carry_priorities_for_the_journal(disk):
+    environment = {**os.environ, "JOURNAL_STREAM": "8:1"}
+    with Server("--socket", "nbd.sock", disk, env=environment) as server:
+        with attach() as client:
+            client.disconnect()
+        _, _, err = server.stop()
+    assert "<6>mmcow.nbd: client attached" in err
+
+
+def test_nbdinfo_as_the_command(disk):
+    requires("nbdinfo")
+    with Server(disk, "--", "nbdinfo", "--size", "{uri}", wait=False) as server:
+        status, out, err = server.end()
+    assert (status, out.strip()) == (0, str(MIB)), err
