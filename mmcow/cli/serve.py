@@ -25,11 +25,10 @@ from mmcow.cli.options import Parser, add_backing_format, add_cache, add_format,
 from mmcow.cli.sizes import io_size
 from mmcow.errors import StorageError, UsageError
 from mmcow.nbd.control import Control
-from mmcow.nbd.server import CONNECTIONS_MOST, Server
+from mmcow.nbd.server import CONNECTIONS_MOST, Server, tls_context
 
 if TYPE_CHECKING:
     import argparse
-    import ssl
 
     from mmcow.cli.ui import Ui
 
@@ -145,7 +144,9 @@ async def _start(arguments: argparse.Namespace, ui: Ui, stack: AsyncExitStack) -
     server = Server(
         images,
         read_only=arguments.read_only,
-        tls=_tls_context(arguments),
+        tls=tls_context(arguments.tls_certs, verify_peer=arguments.tls_verify_peer)
+        if arguments.tls_certs
+        else None,
         max_connections=arguments.max_connections,
     )
     opening.pop_all()  # the server closes them
@@ -158,25 +159,6 @@ def _export_names(arguments: argparse.Namespace) -> list[str]:
     if len(arguments.images) == 1:
         return [""]
     return [os.path.basename(path) for path in arguments.images]
-
-
-def _tls_context(arguments: argparse.Namespace) -> ssl.SSLContext | None:
-    directory = arguments.tls_certs
-    if not directory:
-        return None
-    import ssl  # noqa: PLC0415 - slow to import, and mostly not needed
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(
-            os.path.join(directory, "server-cert.pem"), os.path.join(directory, "server-key.pem")
-        )
-        if arguments.tls_verify_peer:
-            context.load_verify_locations(os.path.join(directory, "ca-cert.pem"))
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"serve: TLS certificates in {directory}: {error}") from error
-    return context
 
 
 async def _listen(

@@ -79,6 +79,9 @@ class Engine:
         if not len(into):
             return completed(0)
         if not self.gate.closed and len(into) <= READ_PIECE:
+            first = self.top.map(offset, len(into))[0]  # the common case, without the walk
+            if first.kind is Kind.DATA and first.length >= len(into):
+                return self._counted(self.top.data.read(first.host, (into,)))
             segments = self.lookup.resolve(offset, len(into))
             if len(segments) == 1 and segments[0].kind is Kind.DATA:
                 segment = segments[0]

@@ -135,7 +135,9 @@ def test_integers_of_other_types_are_taken(disk):
     assert disk.read(True, True) == disk.read(1, 1)
 
 
-@pytest.mark.parametrize("wrong", ["text", 5, None, [1, 2], object()], ids=lambda wrong: type(wrong).__name__)
+@pytest.mark.parametrize(
+    "wrong", ["text", 5, None, [1, 2], object()], ids=lambda wrong: type(wrong).__name__
+)
 def test_data_without_a_buffer_is_a_type_error(disk, wrong):
     with pytest.raises(TypeError):
         disk.write(0, wrong)
