@@ -23,6 +23,10 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     python3-venv) "${PYTHON:-python3}" -c 'import venv, ensurepip' 2>/dev/null ;;
     liburing-dev) [ -e /usr/include/liburing.h ] ;;
     qemu-utils) command -v qemu-img >/dev/null && command -v qemu-io >/dev/null ;;
+    qemu-system-x86) command -v qemu-system-x86_64 >/dev/null ;;
+    busybox-static) command -v busybox >/dev/null ;;
+    libnbd-bin) command -v nbdinfo >/dev/null && command -v nbdcopy >/dev/null ;;
+    nbdkit | nbdfuse | openssl) command -v "$1" >/dev/null ;;
     fio) command -v fio >/dev/null ;;
     xfsprogs) command -v mkfs.xfs >/dev/null || [ -x /sbin/mkfs.xfs ] ;;
     e2fsprogs) command -v mkfs.ext4 >/dev/null || [ -x /sbin/mkfs.ext4 ] ;;
