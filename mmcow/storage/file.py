@@ -302,8 +302,6 @@ class File:
     async def _zero_blocks(
         self, offset: int, length: int, may_punch: bool, only_punch: bool = False
     ) -> bool:
-        self.unsynced = True
-        await self._wait_exclusive(offset, offset + length)
         if may_punch and self._can_punch:
             if await self._fallocate(FALLOCATE_PUNCH, offset, length):
                 return True
@@ -316,6 +314,8 @@ class File:
 
     async def _fallocate(self, mode: int, offset: int, length: int) -> bool:
         """False where this file cannot do it (the caller remembers); other errors are raised."""
+        await self._wait_exclusive(offset, offset + length)
+        self.unsynced = True  # not before: a sync while this waited does not cover it
         try:
             await self._queue.fallocate(self.handle, mode, offset, length)
         except StorageError as error:
@@ -398,7 +398,7 @@ class File:
 
     def _tail_handle(self) -> Handle:
         if self._buffered is None:
-            self._buffered = self._host.open(self.path, write=self.handle.writable, direct=False)
+            self._buffered = self._host.reopen(self.handle)
         return self._buffered
 
     async def _wait_exclusive(self, start: int, end: int) -> None:

@@ -175,6 +175,10 @@ class Host(Protocol):
         raises StorageError EINVAL where the file system refuses O_DIRECT.
         """
 
+    def reopen(self, handle: Handle) -> Handle:
+        """A second, buffered handle on an open file, writable like the first: that very file,
+        whatever its name leads to by now. It has no locks of its own."""
+
     def create(self, path: str) -> Handle:
         """Make a new empty regular file, open for buffered read and write; EEXIST if the name is
         taken. The name is durable only after ``sync_directory``."""

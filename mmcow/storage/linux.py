@@ -488,6 +488,21 @@ class LinuxHost:
             raise
         return handle
 
+    def reopen(self, handle: Handle) -> LinuxHandle:
+        assert isinstance(handle, LinuxHandle)
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if handle.writable else os.O_RDONLY)
+        try:
+            descriptor = os.open(f"/proc/self/fd/{handle.descriptor}", flags)
+        except FileNotFoundError:  # no /proc: by name then, if it still is the same file
+            other = self.open(handle.path, write=handle.writable, direct=False)
+            if other.identity == handle.identity:
+                return other
+            other.close()
+            raise StorageError(errno.ESTALE, "open again", handle.path) from None
+        except OSError as error:
+            _raise(error, "open again", handle.path)
+        return LinuxHandle(handle.path, descriptor, writable=handle.writable, direct=False)
+
     @staticmethod
     def _refuse_kind(path: str, kind: str) -> None:
         if kind == "directory":

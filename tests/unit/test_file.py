@@ -345,6 +345,63 @@ def test_sync_beside_a_write_does_not_count_for_it(bench):
     assert bench.spy.count("datasync") == 1
 
 
+@pytest.mark.parametrize("how", ["zero", "punch", "discard"])
+def test_sync_while_zeroing_waits_does_not_count_for_it(tmp_path, host, how):
+    """This test lets zeroing wait for the odd end to be written and syncs meanwhile: the next sync
+    must not be skipped."""
+    path = tmp_path / "odd"
+    path.write_bytes(b"\xff" * (64 * KIB + 100))
+    bench = Bench(path, host, Cache.NONE, 512)
+    zeroing = {
+        "zero": lambda: bench.file.zero(0, 8192, may_punch=False),
+        "punch": lambda: bench.file.zero(0, 8192),
+        "discard": lambda: bench.file.discard(0, 8192),
+    }[how]
+    try:
+        with bench.reactor.lock:
+            writing = bench.file.write(64 * KIB + 50, (memoryview(b"tail"),))
+            waiting = bench.reactor.spawn(zeroing())
+            bench.reactor.wait(bench.file.sync())
+            bench.reactor.wait(writing)
+            bench.reactor.wait(waiting)
+        bench.spy.log.clear()
+        bench.reactor.perform(bench.file.sync)
+        assert bench.spy.count("datasync") == 1
+    finally:
+        bench.close()
+
+
+@pytest.mark.parametrize("proc", [True, False], ids=["proc", "no-proc"])
+def test_odd_end_of_a_file_that_was_renamed(tmp_path, host, monkeypatch, proc):
+    """This test puts another file under the name while the first is open: the odd end of the first
+    is written, the other is left alone."""
+    path, moved = tmp_path / "x", tmp_path / "moved"
+    path.write_bytes(b"a" * 1000)
+    bench = Bench(path, host, Cache.NONE, 512)
+    path.rename(moved)
+    path.write_bytes(b"b" * 1000)
+    if not proc:
+        real = os.open
+
+        def without_proc(name, *arguments):
+            if str(name).startswith("/proc/"):
+                raise FileNotFoundError(errno.ENOENT, "No such file", name)
+            return real(name, *arguments)
+
+        monkeypatch.setattr(os, "open", without_proc)
+    try:
+        if proc:
+            bench.reactor.perform(lambda: bench.file.write(600, (memoryview(b"new"),)))
+            assert moved.read_bytes() == b"a" * 600 + b"new" + b"a" * 397
+        else:
+            with pytest.raises(StorageError) as caught:
+                bench.reactor.perform(lambda: bench.file.write(600, (memoryview(b"new"),)))
+            assert caught.value.errno == errno.ESTALE
+        assert path.read_bytes() == b"b" * 1000
+    finally:
+        bench.close()
+
+
 def test_truncate_is_durable_and_known(bench):
     bench.file.truncate(1000)
     assert bench.file.size == bench.path.stat().st_size == 1000
