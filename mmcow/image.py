@@ -224,22 +224,26 @@ class Image:
         offset = index(offset)
         length = self.size - offset if length is None else index(length)
         self.engine.check_range(offset, length)
-        if layer is not None and not 0 <= layer < len(self.layers):
-            raise UsageError(f"{self.path}: layer {layer} of {len(self.layers)}")
+        self._check_layer(layer)
         return self._statuses(offset, offset + length, layer)
+
+    def _check_layer(self, layer: int | None) -> None:
+        if layer is not None and not 0 <= layer < len(self.engine.layers):
+            raise UsageError(f"{self.path}: layer {layer} of {len(self.engine.layers)}")
 
     def _statuses(self, offset: int, end: int, layer: int | None) -> Iterator[BlockStatus]:
         pending: BlockStatus | None = None
         while offset < end:
             with self.reactor.lock:
                 self._check()
+                self._check_layer(layer)
                 walk = self.engine.lookup.block_status(
                     offset, end - offset, layer or 0, alone=layer is not None
                 )
-                segments = list(islice(walk, STATUS_BATCH))
-            offset = segments[-1].offset + segments[-1].length
-            for segment in segments:
-                status = self._status(segment)
+                # Under the lock: the chain that the depths count in may change.
+                statuses = [self._status(segment) for segment in islice(walk, STATUS_BATCH)]
+            offset = statuses[-1].offset + statuses[-1].length
+            for status in statuses:
                 if pending is not None and _continues(pending, status):
                     pending = pending._replace(length=pending.length + status.length)
                     continue

@@ -55,6 +55,7 @@ async def take(image: Image, name: str, *, data_file: str | None = None) -> str:
     if not image.writable:
         raise ReadOnlyError(image.path, "snapshot")
     opener = image.opener
+    _require_own_name(opener.host, image)
     frozen = _frozen_path(opener.host, image, name)
     data_name = data_file or _free_data_name(opener.host, image.path)
     fresh = _make_layer(opener, image, os.path.basename(frozen), data_name)
@@ -69,6 +70,16 @@ async def take(image: Image, name: str, *, data_file: str | None = None) -> str:
             _take_back(opener.host, fresh)
         raise
     return frozen
+
+
+def _require_own_name(host: Host, image: Image) -> None:
+    """The name must lead to the file that is open: another's must not be frozen or replaced."""
+    handle = image.layers[0].driver.locked_handles()[0]
+    if host.stat(image.path).identity != handle.identity:
+        raise UsageError(
+            f"{image.path}: is another file now than the one that is open: it was renamed or "
+            "replaced meanwhile"
+        )
 
 
 def _frozen_path(host: Host, image: Image, name: str) -> str:
@@ -117,6 +128,7 @@ async def _pivot(image: Image, fresh: Driver, frozen: str) -> None:
     if fresh.info.size != image.size:
         raise UsageError(f"{image.path}: was resized while the snapshot was prepared")
     await engine.flusher.flush()
+    _require_own_name(host, image)
     linked = not names.exists(host, frozen)
     if linked:
         host.link(image.path, frozen)

@@ -121,6 +121,22 @@ def test_snapshot_refuses_taken_name_and_read_only(disk, tmp_path):
     assert sorted(os.listdir(tmp_path)) == files
 
 
+def test_snapshot_refuses_a_name_that_leads_elsewhere_now(disk, tmp_path):
+    """This test renames the open image and puts another under its name: that one is not ours to
+    freeze, and what was written must not lose its name to it."""
+    other = tmp_path / "other.acow"
+    mmcow.create(other, size=SIZE)
+    with mmcow.open(disk, write=True) as image:
+        image.write(0, b"mine")
+        disk.rename(tmp_path / "moved.acow")
+        other.rename(disk)
+        before = sorted(os.listdir(tmp_path))
+        with pytest.raises(mmcow.UsageError, match="another file now"):
+            snapshot(image, "frozen")
+        assert sorted(os.listdir(tmp_path)) == before
+    assert content(disk) == bytes(SIZE)
+
+
 class _FailingHost(LinuxHost):
     """Fails the n-th call of one method, once."""
 

@@ -79,6 +79,28 @@ def test_stream_keeps_holes(tmp_path):
     assert os.stat(str(top) + ".raw").st_blocks * 512 <= 64 * KIB
 
 
+def test_block_status_asked_while_the_chain_is_cut(tmp_path):
+    """This test streams between two extents: those of the moment are told, then those of the
+    shorter chain, and a layer that is gone is an error."""
+    (tmp_path / "base").write_bytes(b"z" * (40 << 20))
+    path = tmp_path / "top"
+    mmcow.create(path, backing="base", backing_format="raw", options=SMALL)
+    with mmcow.open(path, write=True) as disk:
+        for offset in range(0, disk.size, 8192):
+            disk.write(offset, b"x" * 4096)
+        whole, layer = disk.block_status(), disk.block_status(layer=1)
+        found = [next(whole)]
+        unasked = disk.block_status(layer=1)
+        next(layer)
+        stream(disk)
+        found += whole
+        assert sum(status.length for status in found) == disk.size
+        assert found[1].depth == 1
+        assert found[-1].depth == 0
+        with pytest.raises(mmcow.UsageError, match="layer 1 of 1"):
+            next(unasked)
+
+
 def test_stream_refuses(tmp_path):
     chain = Chain(tmp_path / "chain", CHAINS["add-cow-over-raw"], seed=1)
     with chain.open() as disk, pytest.raises(mmcow.ReadOnlyError):
