@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mmcow import native
 from mmcow.errors import ClosedError, StorageError, SyncFailed, UsageError
 from mmcow.native import ffi, lib
+from mmcow.ranges import align_up
 from mmcow.storage import locks
 from mmcow.storage.host import Alignment, Buffer, Handle, Identity, Stat, View
 from mmcow.tasks import Completion
@@ -101,9 +102,10 @@ class LinuxHandle:
         return b"".join(parts)
 
     def _read_direct(self, offset: int, length: int) -> bytes:
-        buffer = native.aligned(length, max(4096, self.alignment.memory))
+        whole = align_up(length, self.alignment.offset)  # up to the odd end of a file
+        buffer = native.aligned(whole, max(4096, self.alignment.memory))
         try:
-            return bytes(buffer[: os.preadv(self.descriptor, [buffer], offset)])
+            return bytes(buffer[: min(os.preadv(self.descriptor, [buffer], offset), length)])
         except OSError as error:
             _raise(error, "read", self.path, offset, length)
 

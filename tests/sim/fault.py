@@ -143,11 +143,6 @@ class FaultCase(Case):
         """Without the fault: open, compare, check, write, and cut the power again."""
         self.abandon()
         self.host.faults.clear()
-        for path in self.host.names(images.DIRECTORY):
-            # The page cache of guest data may show what a failed sync lost; whoever opens the disk
-            # cannot know. That of an add-cow file is mmcow's to drop.
-            if self.shape.format != "add-cow" or path != os.path.basename(images.TOP):
-                self.host.drop_cache(os.path.join(images.DIRECTORY, path))
         self.done.append("(the fault is lifted)")
         self.tolerant = False
         self.model.sync_failed = lambda: False

@@ -96,6 +96,16 @@ def test_synchronous_calls(handle, path):
     handle.drop_cache()
 
 
+def test_direct_read_of_an_odd_length(host, tmp_path):
+    """This test reads up to the odd end of a file past the cache, and less than a block."""
+    path = tmp_path / "odd"
+    path.write_bytes(bytes(range(250)) * 8)
+    handle = host.open(str(path), write=False, direct=True)
+    assert handle.read_at(0, 2000) == path.read_bytes()
+    assert handle.read_at(0, 100) == path.read_bytes()[:100]
+    handle.close()
+
+
 def test_closed_handle_raises_and_closes_once(handle):
     handle.close()
     handle.close()
