@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from mmcow.formats.driver import Driver, Staged
 
 
+# Metadata written out after which the memory of its pages is given back: each unit of 512 bytes
+# keeps a page of 4 KiB, so this is 16 MiB of them at most.
+RELEASE_AFTER = 2 << 20
+
+
 class Flusher:
     """Flushes one layer."""
 
@@ -31,6 +36,7 @@ class Flusher:
         self._driver = driver
         self._running: Completion[None] | None = None
         self._next: Completion[None] | None = None
+        self._written = 0
         self.failure: BaseException | None = None
 
     def check(self) -> None:
@@ -97,6 +103,15 @@ class Flusher:
             await self._write_groups(staged)
             self.check()
             self._driver.settled(staged)
+            self._release(staged)
+
+    def _release(self, staged: Staged) -> None:
+        """Give back pages that the file has as they are; those changed meanwhile stay."""
+        self._written += sum(group.length for group in staged.groups)
+        if self._written >= RELEASE_AFTER:
+            self._written = 0
+            for window in {group.window for group in staged.groups}:
+                window.release()
 
     async def _write_groups(self, staged: Staged) -> None:
         for number, group in enumerate(staged.groups):

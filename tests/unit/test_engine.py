@@ -12,9 +12,11 @@ import pytest
 import mmcow
 from mmcow import LayerFailed, StorageError, SyncFailed, UsageError
 from mmcow.engine import engine as engine_module
+from mmcow.engine import flush as flush_module
 from mmcow.engine.gate import Claims, Gate
 from mmcow.errors import MmcowError
 from mmcow.formats.driver import Kind
+from mmcow.storage.window import Window
 from mmcow.tasks import Reactor
 from tests.unit.spying import SpyHost
 
@@ -354,6 +356,43 @@ def test_staged_metadata_is_bounded(overlay, host, monkeypatch):
             disk.engine.gate.open()
         assert disk.engine.top.window.dirty() == 0
         assert host.spy.count("msync") == 1
+
+
+def test_memory_of_written_metadata_is_given_back(overlay, host, monkeypatch):
+    """This test gives it back after every flush: changes stay, also those that came meanwhile.
+    After a failed barrier nothing is given back, for the file may not have it."""
+    monkeypatch.setattr(flush_module, "RELEASE_AFTER", 1)
+    real, released = Window.release, []
+
+    def release(window):
+        released.append(window)
+        real(window)
+
+    monkeypatch.setattr(Window, "release", release)
+    with mmcow.open(overlay, write=True, host=host) as disk:
+        disk.write(0, b"x" * CLUSTER)
+        host.spy.hold.add("msync")
+        with disk.reactor.lock:
+            flushing = disk.reactor.spawn(disk.engine.flush())
+            while not host.spy.held:
+                disk.reactor.poll()
+            disk.write(2 * CLUSTER, b"y" * CLUSTER)
+            host.spy.release()
+            disk.reactor.wait(flushing)
+        assert len(released) == 1
+        assert disk.read(0, CLUSTER) == b"x" * CLUSTER
+        assert disk.read(2 * CLUSTER, CLUSTER) == b"y" * CLUSTER
+        disk.flush()
+        assert len(released) == 2
+        disk.write(4 * CLUSTER, b"z" * CLUSTER)
+        host.spy.failures["msync", ""] = errno.EIO
+        with pytest.raises(SyncFailed):
+            disk.flush()
+        assert len(released) == 2
+        assert disk.read(4 * CLUSTER, CLUSTER) == b"z" * CLUSTER
+        host.spy.failures.clear()
+        with pytest.raises(LayerFailed):
+            disk.flush()
 
 
 # ---- the first sector of a disk nobody vouched for ------------------------------------------
