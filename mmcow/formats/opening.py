@@ -136,9 +136,9 @@ class Opener:
         )
         try:
             file.handle.lock(*lock_sets(access, raw=raw))
-            if access.write and not file.handle.direct and file.cache is not Cache.UNSAFE:
-                # After a sync that failed in another process the cache may show what the disk does
-                # not have, and later syncs would succeed: what is read from here on is true.
+            if access.write and file.cache is not Cache.UNSAFE:
+                # After a sync that failed in another process, content and length may be shown that
+                # the disk does not have, and later syncs would succeed: from here on they are true.
                 file.handle.datasync()
                 file.handle.drop_cache()
         except BaseException:
