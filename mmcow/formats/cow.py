@@ -234,24 +234,8 @@ class CowDriver(Driver):
         return self._count(0, self._bits)
 
     def _count(self, first: int, end: int) -> int:
-        """Set bits among clusters [first, end).
-
-        Holes of the file have none, unless something is staged: a sparse bitmap of gigabytes, be
-        it honest or not, is counted in no time.
-        """
-        handle, sparse = self.data.handle, self.window.dirty() == 0
-        count = 0
-        while first < end:
-            stop = end
-            if sparse:
-                data = handle.next_data(self._bitmap + first // 8)
-                first = max(first, (data - self._bitmap) * 8)
-                hole = (handle.next_hole(data) - self._bitmap) * 8
-                stop = min(end, hole) if hole > first else end
-            if first < stop:
-                count += self.window.bits_count(self._bitmap, first, stop - first)
-            first = stop
-        return count
+        """Set bits among clusters [first, end)."""
+        return self.window.bits_count(self._bitmap, first, end - first) if first < end else 0
 
     # ---- allocation: every cluster has its place, only the bits change ----
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import pytest
 
+import mmcow
 from mmcow.errors import (
     ChainError,
     CorruptError,
@@ -17,6 +19,7 @@ from mmcow.errors import (
     UnsupportedError,
     UsageError,
 )
+from mmcow.formats import addcow_meta as meta
 from mmcow.formats.driver import Kind
 from mmcow.formats.opening import DenyAll
 from mmcow.storage.file import Cache
@@ -527,3 +530,26 @@ def test_large_disk_costs_only_its_bits(rig, tmp_path, top):
     assert driver.allocated() == 1
     assert os.path.getsize(top) == 65536 + 131072
     assert os.stat(tmp_path / "disk.add-cow.raw").st_blocks * 512 < MIB
+
+
+def test_sparse_bitmap_of_gigabytes_is_counted_at_once(tmp_path):
+    """This test makes a disk of 16 TiB in clusters of 512 bytes: 4 GiB of bitmap, nearly all a
+    hole."""
+    size = (16 << 40) - 4096
+    header = v20(bits=9, bitmap=b"")
+    path = tmp_path / "top"
+    path.write_bytes(header)
+    os.truncate(path, meta.parse("top", header, 1 << 40).file_length(size))
+    with path.open("r+b") as file:
+        file.seek(4096 + (3 << 30))
+        file.write(b"\x07")
+    for name, length in (("disk.raw", size), ("base.raw", 4096)):
+        (tmp_path / name).touch()
+        try:
+            os.truncate(tmp_path / name, length)
+        except OSError as error:
+            pytest.skip(f"no file of {length} bytes here: {error}")
+    started = time.monotonic()
+    with mmcow.open(path) as image:
+        assert image.engine.top.allocated() == 3
+    assert time.monotonic() - started < 1
