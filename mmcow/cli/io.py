@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from getopt import GetoptError, gnu_getopt
 from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from mmcow.cli import exits, terminal
 from mmcow.cli.images import opened
@@ -96,13 +96,16 @@ def run_io(arguments: argparse.Namespace, ui: Ui) -> int:
 
 def _lines(ui: Ui) -> Iterator[str]:
     """Lines of standard input, with a prompt for people."""
-    prompt = "mmcow> " if terminal.is_terminal(sys.stdin) else ""
+    stream: TextIO | None = sys.stdin
+    if stream is None:  # the program was started without one: there is nothing to read
+        return
+    prompt = "mmcow> " if terminal.is_terminal(stream) else ""
     while True:
         with ui.signals.breaking_in("io"):
             if prompt:
                 ui.out(prompt, end="")
             ui.flush()
-            line = sys.stdin.readline()
+            line = stream.readline()
         if not line:
             return
         yield line

@@ -162,6 +162,12 @@ def test_commands_from_standard_input(capsys, monkeypatch):
     assert run(capsys, *IO, status=1).out.startswith("Pattern verification failed")
 
 
+def test_no_standard_input_is_the_end_of_it(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    result = run(capsys, *IO)
+    assert (result.out, result.err) == ("", "")
+
+
 def test_prompt_only_for_people(capsys, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
