@@ -19,7 +19,7 @@ from mmcow.cli.options import (
     add_share,
     refuse_qemu,
 )
-from mmcow.cli.ui import CommandLineError
+from mmcow.cli.ui import CommandLineError, printable
 from mmcow.jobs.check import CheckReport, check
 
 if TYPE_CHECKING:
@@ -98,14 +98,15 @@ def as_json(report: CheckReport) -> dict[str, Any]:
 
 def _tell(report: CheckReport, ui: Ui) -> None:
     result = report.result
+    name = printable(report.filename)
     for found in result.findings:
-        ui.say(f"{found.kind}{' (repaired)' if found.fixed else ''}: {found.text}")
+        ui.say(printable(f"{found.kind}{' (repaired)' if found.fixed else ''}: {found.text}"))
     if report.is_clean:
-        ui.say(f"{report.filename}: no errors" + (" left" if result.findings else ""))
+        ui.say(f"{name}: no errors" + (" left" if result.findings else ""))
     if report.corruptions:
-        ui.say(f"{report.filename}: {report.corruptions} corruptions: data is at risk")
+        ui.say(f"{name}: {report.corruptions} corruptions: data is at risk")
     if report.leaks:
-        ui.say(f"{report.filename}: {report.leaks} leaks: space is lost, data is not")
+        ui.say(f"{name}: {report.leaks} leaks: space is lost, data is not")
     if result.total:
         share = [f"{100 * result.allocated / result.total:.2f} % allocated"]
         if result.allocated:

@@ -19,6 +19,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from mmcow.cli.sizes import human_size
+from mmcow.cli.ui import printable
 from mmcow.formats.driver import Kind
 from mmcow.ranges import SECTOR
 
@@ -120,8 +121,9 @@ def _column_count(room: int, size: int) -> int:
 
 def _short(path: str, characters: Characters) -> str:
     # What the terminal would act on, or cannot show, must not reach it.
-    name = "".join(c if c.isprintable() else "?" for c in os.path.basename(path))
-    name = name if characters is UNICODE or name.isascii() else ascii(name)[1:-1]
+    name = printable(os.path.basename(path))
+    if characters is ASCII:
+        name = name.encode("ascii", "backslashreplace").decode("ascii")
     if len(name) <= _NAME_MOST:
         return name
     half = (_NAME_MOST - 1) // 2

@@ -23,6 +23,7 @@ from mmcow.cli.options import (
     refuse_qemu,
 )
 from mmcow.cli.sizes import exact_size, human_size
+from mmcow.cli.ui import printable
 from mmcow.errors import MmcowError
 from mmcow.jobs.info import ImageInfo, inspect, inspect_chain
 from mmcow.storage.linux import LinuxHost
@@ -160,7 +161,7 @@ def as_text(info: ImageInfo, queue: str) -> str:
     if rest:
         lines.append("format specific information:")
         lines += [f"    {key}: {_plain(value)}" for key, value in rest.items()]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _backing_lines(info: ImageInfo) -> list[str]:
@@ -213,12 +214,18 @@ def run_probe(arguments: argparse.Namespace, ui: Ui) -> int:
     """Tell formats by magic; takes no locks, opens nothing that a file names."""
     host = LinuxHost()
     found = []
+    status = exits.OK
     for path in arguments.files:
         ui.subject = path
-        found.append({"filename": path, "format": probe_file(host, path)})
+        try:
+            format_ = probe_file(host, path)
+        except MmcowError as error:  # the other files can still be told
+            ui.note(ui.describe(error))
+            status = exits.FAILED
+            continue
+        found.append({"filename": path, "format": format_})
+        if arguments.output == "human":
+            ui.out(printable(f"{path}: {format_}"))
     if arguments.output == "json":
         ui.out_json(found)
-    else:
-        for item in found:
-            ui.out(f"{item['filename']}: {item['format']}")
-    return exits.OK
+    return status

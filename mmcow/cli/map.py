@@ -24,6 +24,7 @@ from mmcow.cli.options import (
     refuse_qemu,
     size_argument,
 )
+from mmcow.cli.ui import printable
 from mmcow.formats.driver import Kind
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _show_table(ui: Ui, image: Image, start: int, end: int) -> None:
         if entry.data and entry.offset is not None:
             ui.out(
                 f"{_hex(entry.start):<16}{_hex(entry.length):<16}{_hex(entry.offset):<16}"
-                f"{entry.path}"
+                f"{printable(entry.path or '')}"
             )
 
 

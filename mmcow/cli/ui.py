@@ -24,6 +24,29 @@ if TYPE_CHECKING:
 
 PROGRAM = "mmcow"
 
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def printable(text: str) -> str:
+    """``text`` as one line that a terminal only shows: what is not printable is escaped.
+
+    Names come from images, and images from strangers: control characters would be acted on, line
+    ends forge lines, and Unicode's invisible ones hide or turn round what stands beside them. A
+    byte that is no UTF-8 is shown as that byte.
+    """
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # what os.fsdecode makes of such a byte
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 0x80:
+        return _SHORT.get(character, f"\\x{code:02x}")
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
 
 class CommandLineError(UsageError):
     """The command line cannot be understood; the text says what to write instead."""
@@ -102,7 +125,7 @@ class Ui:
 
     def note(self, text: str) -> None:
         """Write one line to standard error, prefixed; where that fails, nobody can be told."""
-        self.err(f"{PROGRAM}: {text}")
+        self.err(f"{PROGRAM}: {printable(text)}")
 
     def draw(self, text: str) -> None:
         """Replace the line the cursor is in, on standard error's terminal."""

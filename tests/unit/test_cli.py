@@ -399,7 +399,7 @@ def test_names_that_are_no_text_are_shown_escaped(capsys, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     name = os.fsdecode(b"disk-\xff.raw")
     run(capsys, "create", name, "1M")
-    assert "image: disk-\\udcff.raw" in run(capsys, "info", name).out
+    assert "image: disk-\\xff.raw" in run(capsys, "info", name).out
     assert '"filename": "disk-\\udcff.raw"' in run(capsys, "info", "--output=json", name).out
 
 

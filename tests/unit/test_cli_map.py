@@ -242,7 +242,12 @@ def test_colours(pair, monkeypatch, tty, environment, coloured):  # noqa: F811
 
 def test_name_with_control_characters_does_not_reach_the_terminal(capsys, pair):  # noqa: F811
     run(capsys, "create", "-q", "a\x1b[31m.raw", "1M")
-    assert "\x1b" not in run(capsys, "map", "a\x1b[31m.raw").out.split("\n\n")[0]
+    with written("a\x1b[31m.raw", format="raw") as image:
+        image.write(0, b"\1" * 4096)
+    picture, table = run(capsys, "map", "a\x1b[31m.raw").out.split("\n\n")
+    assert "\x1b" not in picture + table
+    assert "A a\\x1b[31m.raw " in picture
+    assert table.endswith(" a\\x1b[31m.raw\n")
 
 
 @pytest.mark.parametrize("characters", [drawing.UNICODE, drawing.ASCII])
