@@ -14,6 +14,7 @@ from mmcow.cli import exits
 from mmcow.cli.create import parse_options
 from mmcow.cli.options import Parser, add_format, add_quiet, refuse_qemu
 from mmcow.cli.ui import CommandLineError
+from mmcow.errors import UsageError
 
 if TYPE_CHECKING:
     import argparse
@@ -62,6 +63,8 @@ def run_rebase(arguments: argparse.Namespace, ui: Ui) -> int:
     if wanted == (None, None, None):
         raise CommandLineError("rebase: nothing to change; see -b, -F and -o")
     ui.subject = path = arguments.file
+    if arguments.backing and arguments.backing_format is None:
+        _require_format(path, arguments.format, arguments.backing)
     rename(
         path,
         format=arguments.format,
@@ -76,3 +79,15 @@ def run_rebase(arguments: argparse.Namespace, ui: Ui) -> int:
     if data_file is not None:
         ui.say(f"{path}: data file is now {data_file}")
     return exits.OK
+
+
+def _require_format(path: str, format_: str | None, backing: str) -> None:
+    """The format that is recorded is the old base's: the new one's may be another."""
+    from mmcow.jobs.info import inspect  # noqa: PLC0415 - not for --help
+
+    recorded = inspect(path, format=format_).backing_format
+    if recorded is not None:
+        raise UsageError(
+            f"{path}: say the new base's format (-F): {recorded} is what is recorded of the old "
+            f"one, and {backing} may be another"
+        )

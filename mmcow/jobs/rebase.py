@@ -19,6 +19,21 @@ if TYPE_CHECKING:
     from mmcow.storage.host import Host
 
 
+def check_format_name(path: str, format_: str | None) -> None:
+    """Refuse to record, in ``path``, a base's format that nobody knows: no opening would succeed.
+
+    Formats that mmcow only knows by their magic may be recorded.
+    """
+    supported = registry.names()
+    magics = registry._MAGICS  # noqa: SLF001 - there is no other list of what is only known
+    others = sorted({known for _, _, known in magics} - set(supported))
+    if format_ is not None and format_ not in (*supported, *others):
+        raise UsageError(
+            f"{path}: unknown format {format_!r} of the base: must be one of "
+            f"{', '.join(supported)} (known, but not opened: {', '.join(others)})"
+        )
+
+
 def rename(
     path: str | os.PathLike[str],
     *,
@@ -33,13 +48,14 @@ def rename(
     """Record other names and formats; durable on return. None leaves as it is.
 
     ``backing`` "" removes the name, where the image can do without. A format alone re-records it
-    for the present name. Needs the image for itself.
+    for the present name, and a name alone keeps the recorded format. Needs the image for itself.
     """
     name = os.fspath(path)
     if backing is None and data_file is None and backing_format is None:
         raise UsageError(f"{name}: nothing to change: give a backing file or a data file")
     if data_file is None and data_file_format is not None:
         raise UsageError(f"{name}: a format of the data file without its name")
+    check_format_name(name, backing_format)
     present = inspect(name, format=format, host=host)
     if backing is None and backing_format is not None:
         if present.backing is None:

@@ -185,5 +185,10 @@ def test_rename_refuses(three):
         rename(three.path(0), backing="x")
     with pytest.raises(mmcow.UsageError, match="records no backing"):
         rename(three.path(0), backing_format="raw")
+    with pytest.raises(mmcow.UsageError, match=r"'bogus' of the base.* raw, add-cow, cow .*qcow2"):
+        rename(three.top, backing="x", backing_format="bogus")
+    with pytest.raises(mmcow.UsageError, match="'bogus' of the base"):
+        rename(three.top, backing_format="bogus")
+    assert inspect(three.top).backing_format == "cow"
     with three.open(), pytest.raises(mmcow.LockedError):
         rename(three.top, backing="elsewhere")
