@@ -7,6 +7,8 @@ Never: makes a file itself.
 
 from __future__ import annotations
 
+import os
+import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 import mmcow
@@ -84,6 +86,8 @@ def parse_options(texts: list[str]) -> dict[str, str]:
             key, equals, value = item.partition("=")
             if not key or not equals:
                 raise CommandLineError(f"-o {item!r}: must be name=value")
+            if key == "image_file" and not value:
+                raise CommandLineError("-o image_file=: the name of the data file is missing")
             options[key] = value
     return options
 
@@ -117,8 +121,13 @@ def run_create(arguments: argparse.Namespace, ui: Ui) -> int:
         raise CommandLineError("create: FILE is missing; see 'mmcow create --help'")
     ui.subject = path
     wanted = _wanted(arguments, path)
+    if wanted.backing_format is not None:
+        from mmcow.jobs.rebase import check_format_name  # noqa: PLC0415 - not for --help
+
+        check_format_name(path, wanted.backing_format)
     if wanted.backing is not None and wanted.backing_format is None and not arguments.unsafe:
         wanted = wanted._replace(backing_format=_base_format(ui, path, wanted.backing))
+    data_path = _existing_data(path, wanted)
     size = mmcow.create(
         path,
         format=wanted.format,
@@ -129,6 +138,8 @@ def run_create(arguments: argparse.Namespace, ui: Ui) -> int:
         check_backing=not arguments.unsafe,
     )
     ui.say(_created(path, wanted, size))
+    if data_path is not None:
+        _warn_of_adopted(ui, path, data_path, wanted, size, opened=not arguments.unsafe)
     return exits.OK
 
 
@@ -177,3 +188,38 @@ def _created(path: str, wanted: Wanted, size: int) -> str:
     if wanted.backing is not None:
         text += f", over {wanted.backing} ({wanted.backing_format})"
     return text
+
+
+def _existing_data(path: str, wanted: Wanted) -> str | None:
+    """The data file that the new image will adopt; None where it makes one, or has none."""
+    if wanted.format != "add-cow":
+        return None
+    name = wanted.options.get("image_file") or f"{os.path.basename(path)}.raw"
+    if ":" in name and "image_file" not in wanted.options:
+        name = f"./{name}"  # as the format names it: "a:b" would read as a protocol
+    data_path = resolve(path, "data file", name)
+    return data_path if os.path.exists(data_path) else None
+
+
+def _warn_of_adopted(
+    ui: Ui, path: str, data_path: str, wanted: Wanted, size: int, *, opened: bool
+) -> None:
+    """Somebody may not know that the file was there: it is the disk now, or will be."""
+    found = os.stat(data_path)
+    length = found.st_size if stat.S_ISREG(found.st_mode) else size
+    use = (
+        "what it holds is the disk"
+        if wanted.backing is None
+        else "it is hidden by the base, and overwritten by writes to the disk"
+    )
+    ui.warn(f"{path}: existing data file {data_path} ({length} bytes) adopted: {use}")
+    if wanted.backing is None or not opened:
+        return
+    base = resolve(path, "backing file", wanted.backing)
+    with mmcow.open(base, format=wanted.backing_format, share=True) as image:
+        below = image.size
+    if size < below:
+        ui.warn(
+            f"{path}: the disk is as long as the data file, {exact_size(size)}: the end of the "
+            f"base {wanted.backing}, {exact_size(below)}, is not visible"
+        )

@@ -57,7 +57,7 @@ def run_resize(arguments: argparse.Namespace, ui: Ui) -> int:
     ) as image:
         before = image.size
         size = new_size(arguments.size, before)
-        if size <= 0 and arguments.size[:1] in ("+", "-"):
+        if size <= 0 and size != before and arguments.size[:1] in ("+", "-"):
             raise UsageError(f"{path}: {arguments.size} leaves nothing of {exact_size(before)}")
         if align_up(size, SECTOR) < before and not arguments.shrink:
             raise UsageError(
