@@ -158,10 +158,19 @@ class Image:
         self._closing = True
         try:
             if self._reactor.interrupted is None:
-                await self._begin(lambda: self._reactor.spawn(self._engine.close()))
+                await self._finish_work()
         finally:
             self._loop.remove_reader(self._queue.fileno())
             await asyncio.to_thread(self._image._release)
+
+    async def _finish_work(self) -> None:
+        """Drain and flush; a cancelled ``close`` does so too before the files go."""
+        closing = self._begin(lambda: self._reactor.spawn(self._engine.close()))
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await asyncio.wait([closing])
+            raise
 
     async def __aenter__(self) -> Self:
         return self

@@ -490,7 +490,7 @@ def open_image(
     ``backing`` False opens the top layer alone. ``backing_format``: format of a base where the
     image above cannot record it.
     """
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     if share and write:
         raise UsageError(f"{name}: share is for reading only")
     mode = Cache.parse(cache)
@@ -542,7 +542,7 @@ def create_image(
     ``size`` unless a data file is adopted). An existing image of that name is replaced, unless
     somebody has it open.
     """
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     target = registry.get(format)
     chosen = dict(options or {})
     known = {option.name for option in target.options}
@@ -554,6 +554,7 @@ def create_image(
     if size is not None:
         size = check_size(name, size)
     opener = make_opener(host, policy)
+    name = opener.host.real_path(name)  # what a link leads to is replaced, not the link
     try:
         base = None
         if backing is not None:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import zlib
 
 import pytest
 
 import mmcow.image
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background job ignores it; the tests of interrupts need what a terminal gives.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 mmcow.image.CHECK_DRIVERS = True
 

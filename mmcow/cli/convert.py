@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """``mmcow convert``.
 
-Owns: the verb: making the target, and taking it away again when the copy does not succeed.
+Owns: the verb, and the refusal to write to a file of the source's own chain.
 Never: copies (``jobs.convert`` does).
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import mmcow
 from mmcow.chain import probe_file
@@ -31,12 +30,11 @@ from mmcow.cli.progress import meter
 from mmcow.cli.ui import CommandLineError
 from mmcow.errors import UsageError
 from mmcow.formats.opening import resolve
-from mmcow.jobs.convert import convert
+from mmcow.jobs.convert import convert, convert_to
 from mmcow.storage.linux import LinuxHost
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
 
     from mmcow.cli.ui import Ui
     from mmcow.image import Image
@@ -112,7 +110,7 @@ def run_convert(arguments: argparse.Namespace, ui: Ui) -> int:
         ui.can_share = False  # the target is written
         _refuse_own_files(source, arguments.target)
         if arguments.no_create:
-            _copy(arguments, ui, source, _existing_format(arguments), is_zero=False)
+            _copy(arguments, ui, source, _existing_format(arguments))
         else:
             _make_and_copy(arguments, ui, source)
     return exits.OK
@@ -139,32 +137,34 @@ def _make_and_copy(arguments: argparse.Namespace, ui: Ui, source: Image) -> None
     path: str = arguments.target
     format_: str = arguments.target_format or "raw"
     options = parse_options(arguments.options)
-    data_path = _data_path(path, format_, options)
-    _refuse_own_files(source, data_path)
-    with _removed_on_failure(_Files(path, data_path)) as files:
-        mmcow.create(path, format=format_, size=source.size, options=options)
-        files.made = True
-        _copy(arguments, ui, source, format_, is_zero=files.are_new)
+    if format_ == "add-cow":
+        _refuse_own_files(source, _data_path(path, options))
+    with meter(ui, arguments, "convert") as progress:
+
+        def copying(done: int, total: int) -> None:
+            ui.subject = source.path  # what fails from here on is about the copy, not the target
+            if progress is not None:
+                progress(done, total)
+
+        convert_to(
+            source, path, format=format_, options=options, cache=arguments.cache, progress=copying
+        )
 
 
-def _copy(
-    arguments: argparse.Namespace, ui: Ui, source: Image, format_: str, *, is_zero: bool
-) -> None:
+def _copy(arguments: argparse.Namespace, ui: Ui, source: Image, format_: str) -> None:
+    """Copy over an image that is there."""
     path: str = arguments.target
     with mmcow.open(path, format=format_, write=True, cache=arguments.cache) as target:
         ui.opened(path, target)
         warn(ui, path, target)
-        if not is_zero:
-            _refuse_own_files(source, target.chain[0].data_file)
+        _refuse_own_files(source, target.chain[0].data_file)
         ui.subject = source.path
         with meter(ui, arguments, "convert") as progress:
-            convert(source, target, progress=progress, target_is_zero=is_zero)
+            convert(source, target, progress=progress)
 
 
-def _data_path(path: str, format_: str, options: dict[str, str]) -> str:
-    """Where the target keeps its data: beside it for add-cow, in it otherwise."""
-    if format_ != "add-cow":
-        return path
+def _data_path(path: str, options: dict[str, str]) -> str:
+    """Where an add-cow target keeps its data."""
     name = options.get("image_file") or f"./{os.path.basename(path)}.raw"
     return resolve(path, "data file", name)
 
@@ -187,47 +187,3 @@ def _identity(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return (-1, found.st_rdev) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
-
-
-class _Files(NamedTuple):
-    path: str
-    data_path: str
-
-
-class _Target:
-    """The files of a target: what was there before, and what must go if the copy fails."""
-
-    def __init__(self, files: _Files) -> None:
-        self.made = False
-        self._files = files
-        self._had_data = os.path.lexists(files.data_path)
-        self._is_device = _identity(files.data_path) is not None and stat.S_ISBLK(
-            os.stat(files.data_path).st_mode
-        )
-
-    @property
-    def are_new(self) -> bool:
-        """Whether all data is in a file that was made, so that it reads as zeros."""
-        if self._files.data_path == self._files.path:
-            return not self._is_device  # an existing raw file is replaced by a new one
-        return not self._had_data
-
-    def remove(self) -> None:
-        """Remove what was made. A data file or device that was there before stays."""
-        names = [self._files.path] if self._files.path != self._files.data_path else []
-        if self.are_new:
-            names.append(self._files.data_path)
-        for name in names:
-            with suppress(OSError):  # the error that ended the copy is the one to see
-                os.unlink(name)
-
-
-@contextmanager
-def _removed_on_failure(files: _Files) -> Iterator[_Target]:
-    target = _Target(files)
-    try:
-        yield target
-    except BaseException:
-        if target.made:
-            target.remove()
-        raise

@@ -95,7 +95,8 @@ def lock_sets(access: Access, *, raw: bool) -> tuple[frozenset[int], frozenset[i
 def resolve(path: str, role: str, name: str) -> str:
     """The path that ``name``, found in image ``path``, stands for.
 
-    Relative names are relative to the image's own directory. Names with a protocol prefix
+    Relative names are relative to the directory of the image itself, not of a symbolic link to it:
+    a bitmap must not meet another disk's data file. Names with a protocol prefix
     ("nbd:", "json:", "file:") are refused: an image must not choose how it is opened.
     """
     if not name:
@@ -103,8 +104,11 @@ def resolve(path: str, role: str, name: str) -> str:
     if "\0" in name:
         raise ChainError(path, role, name, "the name contains a NUL byte")
     if _PROTOCOL.match(name) and not name.startswith(("/", ".")):
-        raise DeniedError(path, role, name, "names with a protocol prefix are not followed")
-    return os.path.join(os.path.dirname(path), name)
+        shown = repr(f"./{name}")[1:-1]
+        problem = f"names with a protocol prefix are not followed; write {shown} for a file of"
+        raise DeniedError(path, role, name, f"{problem} that name")
+    own = os.path.realpath(path) if os.path.islink(path) else path
+    return os.path.join(os.path.dirname(own), name)
 
 
 class Opener:

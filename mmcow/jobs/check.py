@@ -49,7 +49,7 @@ def check(
     Repairing needs the image for itself. An image that cannot be opened at all is an error, not
     a report.
     """
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     if repair not in _REPAIRS:
         raise UsageError(f"repair {repair!r}: must be one of leaks, all")
     if repair and share:

@@ -77,7 +77,7 @@ def commit(
     ``backing_format``: format of the base where the image cannot record it. Returns the bytes
     moved as data. UsageError where there is no backing file to merge into.
     """
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     host = LinuxHost() if host is None else host
     rename: tuple[str, str | None] | None = None
     try:

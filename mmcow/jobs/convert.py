@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: MIT
 """Copy a whole disk, whatever its chain, into another image.
 
-Owns: what is copied, what is zeroed, what is left out.
-Never: creates the target, changes its size.
+Owns: what is copied, what is zeroed, what is left out; that a new target takes its name only when
+it is complete.
+Never: changes a target's size.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from mmcow.errors import ReadOnlyError, UsageError
+from mmcow.formats.opening import Access, lock_sets, resolve
+from mmcow.image import create_image, open_image
 from mmcow.jobs.copying import ZERO_STEP, Copier, ranges, write_unit
 from mmcow.jobs.progress import Meter, Progress
+from mmcow.storage import names
+from mmcow.storage.file import Cache
+from mmcow.storage.linux import LinuxHost
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mmcow.image import Image
+    from mmcow.storage.host import Host
 
 
 def convert(
@@ -57,3 +67,66 @@ def _check(source: Image, target: Image) -> None:
             f"{target.path}: has {target.size} bytes, the source {source.path} has {source.size}: "
             "resize the target first"
         )
+
+
+def convert_to(
+    source: Image,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "raw",
+    options: Mapping[str, str] | None = None,
+    cache: str | Cache = Cache.AUTO,
+    progress: Progress | None = None,
+    host: Host | None = None,
+) -> int:
+    """Copy ``source`` into a new image ``path``; returns the bytes written as data.
+
+    The copy has a temporary name until it is complete and durable; only then it takes the name
+    from what had it before, whose owner and mode it keeps. So after an error or a stop an existing
+    target is as it was. A block device is written in place. ``options``: as for ``create``; an
+    add-cow target's data file must not exist, unless ``image_file`` names it.
+    """
+    host = LinuxHost() if host is None else host
+    cache = Cache.parse(cache)  # a wrong word costs nothing yet
+    final = host.real_path(os.fsdecode(path))
+    there = names.exists(host, final)
+    if there and host.stat(final).kind == "block":
+        create_image(final, format=format, size=source.size, options=options, host=host)
+        with open_image(final, format=format, write=True, cache=cache, host=host) as target:
+            return convert(source, target, progress=progress)
+    chosen = dict(options or {})
+    data_path = _data_path(host, final, format, chosen)
+    adopted = data_path is not None and names.exists(host, data_path)
+    held = host.open(final, write=True, direct=False) if there else None
+    temporary = names.temporary_name(final)
+    try:
+        if held is not None:  # nobody may be using what is replaced
+            held.lock(*lock_sets(Access(True, True, False, cache), raw=format == "raw"))
+        create_image(temporary, format=format, size=source.size, options=chosen, host=host)
+        with open_image(temporary, format=format, write=True, cache=cache, host=host) as target:
+            moved = convert(source, target, progress=progress, target_is_zero=not adopted)
+        names.install(host, temporary, final)
+    except BaseException:
+        names.discard(host, temporary)
+        if data_path is not None and not adopted:
+            names.discard(host, data_path)
+        raise
+    finally:
+        if held is not None:
+            held.close()
+    return moved
+
+
+def _data_path(host: Host, final: str, format: str, options: dict[str, str]) -> str | None:
+    """Where an add-cow target's data will be; written into ``options``."""
+    if format != "add-cow":
+        return None
+    base = os.path.basename(final)
+    name = options.setdefault("image_file", f"./{base}.raw" if ":" in base else f"{base}.raw")
+    path = resolve(final, "data file", name)
+    if name in (f"{base}.raw", f"./{base}.raw") and names.exists(host, path):
+        raise UsageError(
+            f"{final}: the data file {path} exists already and would be overwritten: remove it, or "
+            "name another (image_file)"
+        )
+    return path

@@ -35,8 +35,8 @@ def detach(
     clusters are missing. Nothing records any more that the disk is raw: a guest may have written
     another format's magic into it, so open it as "raw" explicitly.
     """
-    name = os.fspath(path)
     host = LinuxHost() if host is None else host
+    name = host.real_path(os.fsdecode(path))  # a link's removal would leave the image
     with open_image(
         name, write=True, cache=cache, policy=policy, backing=False, host=host
     ) as image:

@@ -62,7 +62,7 @@ def inspect(
     """
     opener = make_opener(host, None)
     try:
-        return _inspect(opener, os.fspath(path), format, share)[0]
+        return _inspect(opener, os.fsdecode(path), format, share)[0]
     finally:
         opener.queue.close()
 
@@ -80,7 +80,7 @@ def inspect_chain(
     policy agrees; loops and dead ends are a ChainError."""
     opener = make_opener(host, policy)
     try:
-        info, identity = _inspect(opener, os.fspath(path), format, share)
+        info, identity = _inspect(opener, os.fsdecode(path), format, share)
         chain = [info]
         seen = {identity}
         while info.has_backing and info.backing is not None:

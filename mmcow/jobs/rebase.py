@@ -50,7 +50,7 @@ def rename(
     ``backing`` "" removes the name, where the image can do without. A format alone re-records it
     for the present name, and a name alone keeps the recorded format. Needs the image for itself.
     """
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     if backing is None and data_file is None and backing_format is None:
         raise UsageError(f"{name}: nothing to change: give a backing file or a data file")
     if data_file is None and data_file_format is not None:

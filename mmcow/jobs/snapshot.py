@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from mmcow.chain import Layer
 from mmcow.errors import MmcowError, ReadOnlyError, StorageError, UsageError
 from mmcow.formats import registry
-from mmcow.formats.opening import Access, CreateRequest, lock_sets
+from mmcow.formats.opening import Access, CreateRequest, lock_sets, resolve
 from mmcow.storage import names
 
 if TYPE_CHECKING:
@@ -74,6 +74,11 @@ async def take(image: Image, name: str, *, data_file: str | None = None) -> str:
 
 def _require_own_name(host: Host, image: Image) -> None:
     """The name must lead to the file that is open: another's must not be frozen or replaced."""
+    real = host.real_path(image.path)
+    if real != image.path:
+        raise UsageError(
+            f"{image.path}: is a symbolic link, which cannot change places with a file: open {real}"
+        )
     handle = image.layers[0].driver.locked_handles()[0]
     if host.stat(image.path).identity != handle.identity:
         raise UsageError(
@@ -118,7 +123,12 @@ def _make_layer(opener: Opener, image: Image, backing: str, data_name: str) -> D
     )
     target = registry.get(FORMAT)
     target.create(opener, temporary, request)
-    return target.open(opener, temporary, Access(True, True, False, driver.data.cache))
+    try:
+        return target.open(opener, temporary, Access(True, True, False, driver.data.cache))
+    except BaseException:
+        names.discard(opener.host, temporary)
+        names.discard(opener.host, resolve(image.path, "data file", data_name))
+        raise
 
 
 async def _pivot(image: Image, fresh: Driver, frozen: str) -> None:

@@ -193,6 +193,12 @@ class Host(Protocol):
         """Atomically give ``source`` the name ``target``, replacing what was there."""
 
     def unlink(self, path: str) -> None: ...
+    def real_path(self, path: str) -> str:
+        """Where a symbolic link leads; any other path as it is. Need not exist."""
+
+    def take_over(self, old: str, new: str) -> None:
+        """Give file ``new`` the owner and mode of ``old``, as far as this user may."""
+
     def sync_directory(self, path: str) -> None:
         """Make the names in directory ``path`` durable."""
 

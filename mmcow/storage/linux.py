@@ -13,6 +13,7 @@ import os
 import stat as stat_bits
 import struct
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmcow import native
@@ -475,13 +476,16 @@ class LinuxHost:
             raise UsageError(f"I/O queue {self.backend!r}: must be one of {', '.join(BACKENDS)}")
 
     def open(self, path: str, *, write: bool, direct: bool) -> LinuxHandle:
-        self._refuse_kind(path, self.stat(path).kind)
+        kind = self.stat(path).kind
+        self._refuse_kind(path, kind)
         flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if write else os.O_RDONLY)
-        what = "open with O_DIRECT" if direct else "open"
+        if write and kind == "block":
+            flags |= os.O_EXCL  # EBUSY where a mounted file system, RAID or swap owns the device
         try:
             descriptor = os.open(path, flags | (os.O_DIRECT if direct else 0))
         except OSError as error:
-            _raise(error, what, path)
+            refused = direct and error.errno == errno.EINVAL
+            _raise(error, "open with O_DIRECT" if refused else "open", path)
         try:
             handle = LinuxHandle(path, descriptor, writable=write, direct=direct)
             self._refuse_kind(path, handle.kind)  # it may have been swapped since the stat
@@ -510,8 +514,8 @@ class LinuxHost:
         if kind == "directory":
             raise StorageError(errno.EISDIR, "open", path)
         if kind == "other":
-            # ENOTBLK: neither a regular file nor a block device.
-            raise StorageError(errno.ENOTBLK, "open", path)
+            what = "open (it is neither a regular file nor a block device)"
+            raise StorageError(errno.ENOTBLK, what, path)
 
     def create(self, path: str) -> LinuxHandle:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -546,6 +550,18 @@ class LinuxHost:
             os.unlink(path)
         except OSError as error:
             _raise(error, "remove", path)
+
+    def real_path(self, path: str) -> str:
+        return os.path.realpath(path) if os.path.islink(path) else path
+
+    def take_over(self, old: str, new: str) -> None:
+        try:
+            facts = os.stat(old)
+            with suppress(PermissionError):
+                os.chown(new, facts.st_uid, facts.st_gid)
+            os.chmod(new, stat_bits.S_IMODE(facts.st_mode))
+        except OSError as error:
+            _raise(error, "chmod", new)
 
     def sync_directory(self, path: str) -> None:
         try:

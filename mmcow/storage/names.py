@@ -48,10 +48,27 @@ def make_file(host: Host, path: str, fill: Callable[[Handle], None], *, replace:
             handle.sync()
         finally:
             handle.close()
-        if replace:
-            host.rename(temporary, path)
-        else:
+        if not replace:
             _link_new(host, temporary, path)
+    except BaseException as error:
+        discard(host, temporary)
+        if isinstance(error, StorageError) and error.path == temporary:
+            error.path = error.filename = path  # the name that the user knows
+        raise
+    if replace:
+        install(host, temporary, path)
+    else:
+        host.sync_directory(directory_of(path))
+
+
+def install(host: Host, temporary: str, path: str) -> None:
+    """Give a complete and synced file its name, durably; what had it before is replaced in one
+    step, and its owner and mode are taken over. On an error before that step the temporary file is
+    removed."""
+    try:
+        if exists(host, path):
+            host.take_over(path, temporary)
+        host.rename(temporary, path)
     except BaseException:
         discard(host, temporary)
         raise

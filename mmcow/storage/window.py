@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 UNIT = 512
 # Bits that are counted without asking for the file's holes: a bitmap of 128 KiB.
+# Address space for growth; a window that outgrows it is mapped anew.
+RESERVE_MOST = 64 << 30
 SMALL_COUNT = 1 << 20
 
 
@@ -61,13 +63,14 @@ class Window:
         self._queue = queue
         self._handle = handle
         self._durable = durable
+        self._outstanding = 0  # groups taken and neither written nor put back
         self._unit = max(UNIT, handle.alignment.offset)
         self._expected = handle.size()
         self._view = self._make_view(size)
 
     def _make_view(self, size: int) -> View:
         # Address space is free, remapping is not: set room for growth aside.
-        reserve = align_up(max(size * 16, 1 << 20), 4096)
+        reserve = align_up(size + min(max(size * 15, 1 << 20), RESERVE_MOST), 4096)
         return self._host.view(self._handle, size, reserve, self._unit, mapped=True)
 
     # ---- lookups and changes: memory only ----
@@ -91,10 +94,25 @@ class Window:
     ) -> list[tuple[int, int, int]]:
         """Runs of equal bits (first, how many, 0 or 1) from bit ``first``; at most ``most``, so the
         answer may stop early. Bits count from byte ``base``, least significant first."""
+        if count > SMALL_COUNT and self._file_is_current():
+            hole, bits = self._hole_at(base, first, count)
+            if hole:
+                return [(first, bits, 0)]
+            count = bits
         try:
             return self._view.bit_runs(base, first, count, most)
         except StorageError as error:
             raise self._explain(error, base + first // 8) from error
+
+    def _hole_at(self, base: int, first: int, count: int) -> tuple[bool, int]:
+        """Whether bit ``first`` lies in a hole of the file, and how many bits from there do not
+        differ in that. A sparse bitmap of gigabytes costs neither time nor memory that way."""
+        byte, rest = base + first // 8, first % 8
+        data = self._handle.next_data(byte)
+        if data > byte:
+            return True, min((data - byte) * 8 - rest, count)
+        hole = self._handle.next_hole(byte)
+        return False, min((hole - byte) * 8 - rest, count) if hole > byte else count
 
     def bits_write(self, base: int, first: int, count: int, value: int) -> None:
         """Set (1) or clear (0) bits; their units are dirty until written out."""
@@ -109,7 +127,7 @@ class Window:
         Holes of the file have none, unless something is staged: a sparse bitmap of gigabytes, be
         it honest or not, is counted in no time.
         """
-        if count <= SMALL_COUNT or self.dirty():
+        if count <= SMALL_COUNT or not self._file_is_current():
             return self._bits_count(base, first, count)
         total, end = 0, first + count
         while first < end:
@@ -121,6 +139,10 @@ class Window:
                 total += self._bits_count(base, first, stop - first)
             first = stop
         return total
+
+    def _file_is_current(self) -> bool:
+        """Whether the file has what the view has: nothing is staged, nothing is on its way."""
+        return not self._outstanding and not self.dirty()
 
     def _bits_count(self, base: int, first: int, count: int) -> int:
         try:
@@ -144,13 +166,17 @@ class Window:
             runs = self._view.snapshot(offset, end - offset)
         except StorageError as error:
             raise self._explain(error, offset) from error
-        return Group(self, runs) if runs else None
+        if not runs:
+            return None
+        self._outstanding += 1
+        return Group(self, runs)
 
     def put_back(self, group: Group) -> None:
         """Mark a taken group dirty again: it was not written, the next flush will try."""
         for offset, data in group.runs:
             if offset < self.size:
                 self._view.mark(offset, min(len(data), self.size - offset))
+        self._outstanding -= 1
 
     async def write_out(self, group: Group) -> None:
         """Write a group and make it durable.
@@ -164,6 +190,7 @@ class Window:
         if self._durable:
             await self._barrier(group)
         self._check_length()
+        self._outstanding -= 1
 
     async def _barrier(self, group: Group) -> None:
         if not self._view.mapped or self._handle.direct:

@@ -225,6 +225,13 @@ class SimHost:
             raise StorageError(errno.EEXIST, "link", target)
         table.change({name: inode.number})
 
+    def real_path(self, path: str) -> str:
+        """There are no symbolic links."""
+        return path
+
+    def take_over(self, old: str, new: str) -> None:
+        """There are no owners and modes."""
+
     def rename(self, source: str, target: str) -> None:
         """Another name, within one directory."""
         self.check("rename", target, "from", os.path.basename(source))

@@ -87,6 +87,23 @@ def test_probe_tells_what_can_be_told(capsys):
     assert json.loads(out) == [{"filename": "top.acow", "format": "add-cow"}]
 
 
+# ---- names that look like a protocol ----
+
+
+def test_name_with_a_colon_is_refused_with_the_way_out(capsys):
+    mmcow.create("./a:b.acow", size=MIB)
+    for verb in (["create"], ["create", "-u"], ["rebase", "-u"]):
+        path = ["top.acow"] if verb[0] == "rebase" else ["new.acow"]
+        size = ["1M"] if "-u" in verb and verb[0] == "create" else []
+        words = [*verb, "-b", "a:b.acow", "-F", "add-cow", *path, *size]
+        err = run(capsys, *words, status=1).err
+        assert "; write ./a:b.acow for a file of that name\n" in err
+    assert not os.path.exists("new.acow")
+    run(capsys, "create", "-b", "./a:b.acow", "-F", "add-cow", "new.acow")
+    err = run(capsys, "create", "-f", "add-cow", "-o", "image_file=a:\x1b", "n", "1M", status=1).err
+    assert r"; write ./a:\x1b for a file of that name" in err
+
+
 # ---- formats of bases ----
 
 

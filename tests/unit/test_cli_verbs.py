@@ -342,11 +342,42 @@ def test_convert_replaces_a_target(capsys):
     assert content("flat", format="raw") == content("top.acow")
 
 
-def test_convert_adopts_a_data_file_full_of_garbage(capsys):
-    with open("new.acow.raw", "wb") as file:
-        file.write(b"x" * 4 * MIB)
-    run(capsys, "convert", "-O", "add-cow", "top.acow", "new.acow")
+def test_convert_adopts_a_data_file_only_by_name(capsys):
+    for name in ("new.acow.raw", "other"):
+        with open(name, "wb") as file:
+            file.write(b"x" * 4 * MIB)
+    err = run(capsys, "convert", "-O", "add-cow", "top.acow", "new.acow", status=1).err
+    assert "new.acow.raw exists already" in err
+    words = ["-o", "image_file=other", "top.acow", "new.acow"]
+    run(capsys, "convert", "-O", "add-cow", *words)
     assert content("new.acow") == content("top.acow")
+
+
+def test_convert_that_fails_keeps_the_old_target(capsys):
+    """This test fails and stops conversions to a file that is there, before and in the middle."""
+    with open("precious", "wb") as file:
+        file.write(b"precious")
+    before = sorted(os.listdir())
+    run(capsys, "convert", "-t", "bogus", "top.acow", "precious", status=1)
+    run(capsys, "convert", "-o", "preallocation=bogus", "top.acow", "precious", status=1)
+    assert sorted(os.listdir()) == before
+    with open("precious", "rb") as file:
+        assert file.read() == b"precious"
+
+
+def test_convert_keeps_mode_and_link(capsys):
+    with open("secret", "wb") as file:
+        file.write(b"old")
+    os.chmod("secret", 0o600)
+    os.symlink("secret", "link")
+    run(capsys, "convert", "top.acow", "link")
+    assert os.path.islink("link")
+    assert os.stat("secret").st_mode & 0o777 == 0o600
+    assert content("secret", format="raw") == content("top.acow")
+    run(capsys, "create", "-f", "raw", "link", "1M")
+    assert os.path.islink("link")
+    assert os.stat("secret").st_mode & 0o777 == 0o600
+    assert os.path.getsize("secret") == MIB
 
 
 def test_convert_into_an_existing_image(capsys):
@@ -414,7 +445,7 @@ def test_convert_that_fails_removes_what_it_made(capsys, monkeypatch, format_, e
         raise error
 
     before = sorted(os.listdir())
-    monkeypatch.setattr("mmcow.cli.convert.convert", fail)
+    monkeypatch.setattr("mmcow.jobs.convert.convert", fail)
     run(capsys, "convert", "-O", format_, "top.acow", "flat", status=exits.status_of(error))
     assert sorted(os.listdir()) == before
 
@@ -427,10 +458,13 @@ def test_convert_that_fails_leaves_what_was_there(capsys, monkeypatch):
     mmcow.create("other.raw", format="raw", size=4 * MIB)
     run(capsys, "convert", "-n", "-O", "raw", "top.acow", "other.raw", status=130)
     assert os.path.exists("other.raw")
-    os.rename("other.raw", "new.acow.raw")
-    run(capsys, "convert", "-O", "add-cow", "top.acow", "new.acow", status=130)
-    assert os.path.exists("new.acow.raw")
+    monkeypatch.setattr("mmcow.jobs.convert.convert", fail)
+    words = ["-o", "image_file=other.raw", "top.acow", "new.acow"]
+    run(capsys, "convert", "-O", "add-cow", *words, status=130)
+    assert os.path.exists("other.raw")
     assert not os.path.exists("new.acow")
+    run(capsys, "convert", "top.acow", "other.raw", status=130)
+    assert content("other.raw", format="raw") == bytes(4 * MIB)
 
 
 def test_convert_options_help(capsys):
