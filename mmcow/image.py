@@ -23,7 +23,7 @@ from mmcow.formats import registry
 from mmcow.formats.driver import Kind
 from mmcow.formats.opening import CreateRequest, Opener, Policy, resolve
 from mmcow.native import aligned
-from mmcow.ranges import SECTOR, align_up
+from mmcow.ranges import SECTOR, SIZE_MOST, align_up
 from mmcow.storage.file import Cache
 from mmcow.storage.linux import LinuxHost
 from mmcow.storage.names import exists
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from mmcow.formats.driver import Driver
     from mmcow.storage.host import Buffer, Host, Identity
     from mmcow.tasks import Completion
-
-# Largest disk: offsets are signed 64-bit in every interface below.
-SIZE_MOST = (1 << 63) - SECTOR
 
 # Segments looked up under one hold of the lock: others get a turn, memory stays bounded.
 STATUS_BATCH = 4096

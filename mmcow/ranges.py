@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 SECTOR = 512
+# Largest disk: offsets are signed 64-bit in every interface below.
+SIZE_MOST = (1 << 63) - SECTOR
 
 
 def align_down(value: int, unit: int) -> int:

@@ -203,7 +203,10 @@ def _make_image(opener: Opener, path: str, raw: bytes, size: int, *, ones: bool)
         handle.write_at(0, raw)
         if ones:
             _write_ones(handle, header.header_size, header.clusters(size))
-        handle.truncate(header.file_length(size))
+        length = header.file_length(size)
+        handle.truncate(length)
+        # A bit that finds no room on a full disk would waste the data that was written before it.
+        handle.reserve(0, length)
 
     names.make_file(opener.host, path, fill, replace=True)
 

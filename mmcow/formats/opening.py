@@ -15,7 +15,15 @@ import re
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from mmcow.errors import ChainError, DeniedError, LockedError, StorageError, UsageError
+from mmcow.errors import (
+    ChainError,
+    CorruptError,
+    DeniedError,
+    LockedError,
+    StorageError,
+    UsageError,
+)
+from mmcow.ranges import SIZE_MOST
 from mmcow.storage.file import Cache, File
 
 if TYPE_CHECKING:
@@ -148,7 +156,10 @@ class Opener:
         except BaseException:
             file.close()
             raise
-        file.refresh_size()
+        if file.refresh_size() > SIZE_MOST:
+            size = file.size
+            file.close()
+            raise CorruptError(path, "length", size, f"a disk has at most {SIZE_MOST} bytes")
         return file
 
     def permitted(self, path: str, role: str, name: str) -> str:

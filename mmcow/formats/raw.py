@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mmcow.errors import UsageError
+from mmcow.formats import registry
 from mmcow.formats.driver import CheckResult, Driver, Extent, Kind, LayerInfo, Reservation, Staged
 from mmcow.formats.opening import Access, CreateRequest, Format, Inspection, Opener, Option
 from mmcow.ranges import SECTOR, align_up, units_for
@@ -145,16 +146,21 @@ class RawFormat(Format):
         held = opener.metadata(path, access)
         try:
             if held.kind == "block":
-                return self._adopt(path, held.size(), request.size, preallocation)
+                return self._adopt(path, held, request.size, preallocation)
             return self._make(opener, path, request.size, preallocation)
         finally:
             held.close()
 
-    def _adopt(self, path: str, length: int, size: int | None, preallocation: str) -> int:
+    def _adopt(self, path: str, device: Handle, size: int | None, preallocation: str) -> int:
+        length = device.size()
         if preallocation != "off":
             raise UsageError(f"{path}: preallocation={preallocation}: not for a block device")
         if size is not None and size > length:
             raise UsageError(f"{path}: the block device has {length} bytes, {size} are needed")
+        head = device.read_at(0, registry.HEAD)
+        if registry.probe(head) != "raw":
+            device.write_at(0, bytes(min(len(head), 512)))  # or it would be taken for that format
+            device.sync()
         return align_up(length, SECTOR)
 
     def _make(self, opener: Opener, path: str, size: int | None, preallocation: str) -> int:

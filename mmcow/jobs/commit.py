@@ -104,8 +104,8 @@ def commit(
                 backing_format=backing_format,
             )
             stack.enter_context(target)
-            rename = None if keep else _stamp(host, top, target)
-            if rename is not None:
+            rename = None if len(layers) > 1 else _stamp(host, top, target)
+            if rename is not None and not keep:
                 top.flush()
                 top.reactor.run(top.engine.top.base_will_change())
             if target.size < top.size:
