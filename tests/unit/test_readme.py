@@ -33,10 +33,10 @@ def test_snippets_of_a_page_run(page, tmp_path, monkeypatch):
         directory = tmp_path / f"line-{line}"
         directory.mkdir()
         monkeypatch.chdir(directory)
-        Path("base.raw").write_bytes(bytes(range(256)) * (4 << 12))
-        os.truncate("base.raw", 64 << 20)
-        if 'create("vm.acow"' not in code:
-            mmcow.create("vm.acow", backing="base.raw", backing_format="raw")
+        Path("base.img").write_bytes(bytes(range(256)) * (4 << 12))
+        os.truncate("base.img", 64 << 20)
+        if 'create("disk.acow"' not in code:
+            mmcow.create("disk.acow", backing="base.img", backing_format="raw")
         # Empty lines first, so that a traceback names the line of the page.
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), {"__name__": "__main__"})
 
