@@ -352,7 +352,8 @@ def run_commit_with_cuts(seed, kind):
     assert read_all(paths[-1], format_, host) == (models[-1], 0)
     assert read_all(paths[-2], layers[-2][0], host)[0] == after
     for cut in cuts:
-        assert read_all(paths[-1], format_, cut)[0] == models[-1], "content after the cut"
+        same = read_all(paths[-1], format_, cut)[0] == models[-1]
+        assert same, "content after the cut"  # a diff of bytes takes minutes
         commit(paths[-1], host=cut)
         assert read_all(paths[-1], format_, cut) == (models[-1], 0), "after the second run"
         assert read_all(paths[-2], layers[-2][0], cut)[0] == after
