@@ -29,6 +29,7 @@ from mmcow.cli.options import (
 from mmcow.cli.progress import meter
 from mmcow.cli.ui import CommandLineError
 from mmcow.errors import UsageError
+from mmcow.formats.addcow_create import default_data_name
 from mmcow.formats.opening import resolve
 from mmcow.jobs.convert import convert, convert_to
 from mmcow.storage.linux import LinuxHost
@@ -165,7 +166,7 @@ def _copy(arguments: argparse.Namespace, ui: Ui, source: Image, format_: str) ->
 
 def _data_path(path: str, options: dict[str, str]) -> str:
     """Where an add-cow target keeps its data."""
-    name = options.get("image_file") or f"./{os.path.basename(path)}.raw"
+    name = options.get("image_file") or default_data_name(path)
     return resolve(path, "data file", name)
 
 

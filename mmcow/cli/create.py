@@ -19,6 +19,7 @@ from mmcow.cli.sizes import exact_size, parse_size
 from mmcow.cli.ui import CommandLineError
 from mmcow.errors import UsageError
 from mmcow.formats import registry
+from mmcow.formats.addcow_create import default_data_name
 from mmcow.formats.opening import resolve
 from mmcow.storage.linux import LinuxHost
 
@@ -194,9 +195,9 @@ def _existing_data(path: str, wanted: Wanted) -> str | None:
     """The data file that the new image will adopt; None where it makes one, or has none."""
     if wanted.format != "add-cow":
         return None
-    name = wanted.options.get("image_file") or f"{os.path.basename(path)}.raw"
-    if ":" in name and "image_file" not in wanted.options:
-        name = f"./{name}"  # as the format names it: "a:b" would read as a protocol
+    if os.path.islink(path):
+        path = os.path.realpath(path)  # what it leads to is made
+    name = wanted.options.get("image_file") or default_data_name(path)
     data_path = resolve(path, "data file", name)
     return data_path if os.path.exists(data_path) else None
 

@@ -58,7 +58,7 @@ _PIECE = 1 << 20
 
 def create(opener: Opener, path: str, request: CreateRequest) -> int:
     """Make an image; see ``Format.create``. Returns the disk's size."""
-    name = request.options.get("image_file") or _default_name(path)
+    name = request.options.get("image_file") or default_data_name(path)
     raw = _header(path, request, name)
     data_path = resolve(path, "data file", name)
     _refuse_same_files(opener, path, data_path, request.backing)
@@ -83,7 +83,8 @@ def create(opener: Opener, path: str, request: CreateRequest) -> int:
     return size
 
 
-def _default_name(path: str) -> str:
+def default_data_name(path: str) -> str:
+    """The data file's name for an image at ``path`` where none is given; relative to the image."""
     name = os.path.basename(path) + ".raw"
     # "a:b" would read as a protocol prefix.
     return f"./{name}" if ":" in name else name

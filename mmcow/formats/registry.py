@@ -91,6 +91,11 @@ def get(name: str) -> Format:
     return made
 
 
+def known() -> list[str]:
+    """Names of formats that are recognised by their magic, supported or not; sorted."""
+    return sorted({name for _, _, name in _MAGICS})
+
+
 def probe(head: bytes) -> str:
     """The name of the format whose magic ``head`` carries, else "raw".
 

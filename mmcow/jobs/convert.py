@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from mmcow.errors import ReadOnlyError, UsageError
+from mmcow.formats.addcow_create import default_data_name
 from mmcow.formats.opening import Access, lock_sets, resolve
 from mmcow.image import create_image, open_image
 from mmcow.jobs.copying import ZERO_STEP, Copier, ranges, write_unit
@@ -121,10 +122,10 @@ def _data_path(host: Host, final: str, format: str, options: dict[str, str]) -> 
     """Where an add-cow target's data will be; written into ``options``."""
     if format != "add-cow":
         return None
-    base = os.path.basename(final)
-    name = options.setdefault("image_file", f"./{base}.raw" if ":" in base else f"{base}.raw")
+    own = default_data_name(final)
+    name = options.setdefault("image_file", own)
     path = resolve(final, "data file", name)
-    if name in (f"{base}.raw", f"./{base}.raw") and names.exists(host, path):
+    if name == own and names.exists(host, path):
         raise UsageError(
             f"{final}: the data file {path} exists already and would be overwritten: remove it, or "
             "name another (image_file)"

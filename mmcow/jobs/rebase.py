@@ -25,8 +25,7 @@ def check_format_name(path: str, format_: str | None) -> None:
     Formats that mmcow only knows by their magic may be recorded.
     """
     supported = registry.names()
-    magics = registry._MAGICS  # noqa: SLF001 - there is no other list of what is only known
-    others = sorted({known for _, _, known in magics} - set(supported))
+    others = sorted(set(registry.known()) - set(supported))
     if format_ is not None and format_ not in (*supported, *others):
         raise UsageError(
             f"{path}: unknown format {format_!r} of the base: must be one of "
