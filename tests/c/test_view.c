@@ -5,9 +5,14 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <stddef.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 #include "test.h"
@@ -398,6 +403,38 @@ static void test_forked_child_is_harmless(void)
     close_scratch(view, fd);
 }
 
+/* A child that may install no signal handler: a mapping is refused, memory is not. */
+static void map_without_handlers(void *context)
+{
+    struct sock_filter rules[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_rt_sigaction, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {sizeof(rules) / sizeof(rules[0]), rules};
+    int error = 0;
+    char byte = 1;
+
+    CHECK_EQUAL(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+    CHECK_EQUAL(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program), 0);
+    CHECK(!mmc_view_map(*(int *)context, PAGE, PAGE, 512, &error));
+    CHECK_EQUAL(error, -EPERM);
+    struct mmc_view *view = mmc_view_memory(PAGE, PAGE, 512, &error);
+    CHECK(view != NULL);
+    CHECK_EQUAL(mmc_view_load(view, 0, &byte, 1), 0);
+    CHECK_EQUAL(byte, 0);
+}
+
+static void test_no_handler_no_mapping(void)
+{
+    int fd;
+    struct mmc_view *view = map_scratch(PAGE, 0, &fd);
+
+    CHECK_EQUAL(in_child(map_without_handlers, &fd), 0);
+    close_scratch(view, fd);
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -414,5 +451,6 @@ int main(int argc, char **argv)
     RUN(test_faults_in_many_threads());
     RUN(test_foreign_fault_is_passed_on());
     RUN(test_forked_child_is_harmless());
+    RUN(test_no_handler_no_mapping());
     return 0;
 }

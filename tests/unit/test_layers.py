@@ -201,7 +201,7 @@ SKIPPED = {".git", ".venv", "build", "__pycache__", "mmcow.egg-info", ".hypothes
            ".mypy_cache", ".ruff_cache", ".pytest_cache", "node_modules"}  # fmt: skip
 # Paths that belong to one machine or one person.
 MACHINE = re.compile(
-    r"/(?:home|Users)/[A-Za-z0-9_]+/|/root/|/work/(?:main|shared)|\bfile:///|/workspace/"
+    r"/(?:home|Users)/[A-Za-z0-9_]+/|/root/|\bfile:///|/workspace/"
 )
 
 
