@@ -43,7 +43,7 @@ class ChainOptions(NamedTuple):
     format: str | None = None
     write: bool = False
     cache: Cache = Cache.AUTO
-    base_cache: Cache = Cache.AUTO
+    base_caches: tuple[Cache, ...] = (Cache.AUTO,)  # from the first base down; the last goes on
     share: bool = False
     backing: bool = True
     backing_format: str | None = None
@@ -63,12 +63,14 @@ def open_chain(opener: Opener, path: str, options: ChainOptions) -> list[Layer]:
     layers: list[Layer] = []
     seen: dict[Identity, str] = {}
     access = Access(options.write, True, options.share, options.cache)
-    below = access._replace(write=False, top=False, cache=options.base_cache)
+    caches = options.base_caches
     try:
         layer = _open_layer(opener, path, options.format, access)
         layers.append(layer)
         _note_identities(opener, layer, seen)
         while options.backing and layer.driver.info.has_backing:
+            cache = caches[min(len(layers), len(caches)) - 1]
+            below = access._replace(write=False, top=False, cache=cache)
             try:
                 layer = _open_backing(opener, layer, below, options.backing_format, len(layers))
             except LockedError as error:

@@ -30,7 +30,7 @@ from mmcow.storage.names import exists
 from mmcow.tasks import Reactor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from mmcow.engine.lookup import Segment
@@ -455,6 +455,18 @@ def _other_format(head: bytes) -> str | None:
     return None if found == "raw" else found
 
 
+def _base_caches(
+    mode: Cache, given: str | Cache | Sequence[str | Cache] | None
+) -> tuple[Cache, ...]:
+    if given is None:
+        return (mode,)
+    if isinstance(given, str | Cache):
+        return (Cache.parse(given),)
+    if not given:
+        raise UsageError("base_cache is an empty list of cache modes")
+    return tuple(Cache.parse(one) for one in given)
+
+
 def make_opener(host: Host | None, policy: Policy | None) -> Opener:
     """A host's queue and reactor, ready to open one image."""
     host = LinuxHost() if host is None else host
@@ -468,7 +480,7 @@ def open_image(
     format: str | None = None,
     write: bool = False,
     cache: str | Cache = Cache.AUTO,
-    base_cache: str | Cache | None = None,
+    base_cache: str | Cache | Sequence[str | Cache] | None = None,
     policy: Policy | None = None,
     share: bool = False,
     backing: bool = True,
@@ -481,7 +493,8 @@ def open_image(
     is that format or an error, any other is raw, and a guest may then not write a magic).
     ``cache``: "none" (O_DIRECT), "writeback", "writethrough", "directsync", "unsafe", or "auto":
     none, falling back to writeback where O_DIRECT is refused. ``base_cache``: the same for the
-    layers below (default: like ``cache``). ``policy`` decides about every file that an image
+    layers below (default: like ``cache``), or a list of modes from the first base down, whose last
+    goes on. ``policy`` decides about every file that an image
     names (``mmcow.DenyAll``, ``mmcow.Within``; the default allows files and block devices).
     ``share``: read a disk that somebody else is writing; what is read may be inconsistent.
     ``backing`` False opens the top layer alone. ``backing_format``: format of a base where the
@@ -495,7 +508,7 @@ def open_image(
         format=format,
         write=write,
         cache=mode,
-        base_cache=mode if base_cache is None else Cache.parse(base_cache),
+        base_caches=_base_caches(mode, base_cache),
         share=share,
         backing=backing,
         backing_format=backing_format,

@@ -407,3 +407,21 @@ def test_base_of_another_length_than_the_top(tmp_path):
         top = overlay(tmp_path / f"top{length}", "b")
         with mmcow.open(top) as disk:
             assert disk.read(0, SIZE) == (b"\x01" * length).ljust(SIZE, b"\0")[:SIZE]
+
+
+def test_each_layer_has_its_own_cache_mode(tmp_path, base):
+    overlay(tmp_path / "middle", "base.raw")
+    overlay(tmp_path / "top", "middle", backing_format="add-cow")
+
+    def modes(**options):
+        with mmcow.open(tmp_path / "top", **options) as image:
+            return [layer.cache for layer in image.chain]
+
+    assert modes(cache="writeback") == ["writeback"] * 3
+    assert modes(cache="none", base_cache="writeback") == ["none", "writeback", "writeback"]
+    chosen = ["writethrough", "unsafe"]
+    assert modes(cache="none", base_cache=chosen) == ["none", "writethrough", "unsafe"]
+    with pytest.raises(mmcow.UsageError, match="empty"):
+        modes(base_cache=[])
+    with pytest.raises(mmcow.UsageError, match="bogus"):
+        modes(base_cache=["none", "bogus"])
