@@ -504,8 +504,8 @@ class Engine:
             offset, host, left = offset + len(part), host + len(part), left - len(part)
         return segment.length
 
-    async def give_up(self, offset: int, length: int, prepare: Awaitable[None]) -> None:
-        """Show the base again in a range, once ``prepare`` has put the content there durably.
+    async def give_up(self, offset: int, length: int) -> None:
+        """Show the base again in a range whose content is there already, durably.
 
         Alone in the engine: the bits are cleared, that is made durable, and only then is the
         space given back. A stop anywhere leaves the same disk.
@@ -513,7 +513,6 @@ class Engine:
         await self.gate.close()
         try:
             self.flusher.check()
-            await prepare
             given: list[Extent] = []
             for extent in self.lookup.extents(offset, align_up(offset + length, self._cluster)):
                 if extent.kind is not Kind.BELOW:

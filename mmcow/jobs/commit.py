@@ -201,20 +201,11 @@ def _merge(layers: list[Image], target: Image, *, keep: bool, progress: Progress
                 copier.finish()
                 target.flush()
                 if not keep:
-                    _give_up(top, begun, end)
+                    top.reactor.run(top.engine.give_up(begun, end - begun))
                 begun, moved, count = end, 0, 0
             meter.reached(end)
     meter.finish()
     return copier.moved
-
-
-def _give_up(top: Image, start: int, end: int) -> None:
-    """Show the base again in a range whose content is durable there."""
-
-    async def already_done() -> None:
-        """The copying was done before: nobody else has the image open."""
-
-    top.reactor.run(top.engine.give_up(start, end - start, already_done()))
 
 
 def _pieces(layers: list[Image], start: int, end: int, depth: int = 0) -> Iterator[_Piece]:

@@ -254,10 +254,6 @@ class Window:
         self._handle.truncate(size)
         self._handle.sync()
 
-    def expect_length(self, length: int) -> None:
-        """The file's length was changed on purpose (data behind the metadata in one file)."""
-        self._expected = length
-
     def _check_length(self) -> None:
         """A truncation by someone else throws staged pages away without any fault: compare."""
         length = self._handle.size()

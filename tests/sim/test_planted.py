@@ -340,10 +340,9 @@ def commit_without_base_sync(patch) -> None:
 def commit_punches_first(patch) -> None:
     """A commit gives the space back before the cleared bits are durable."""
 
-    async def give_up(self, offset, length, prepare) -> None:
+    async def give_up(self, offset, length) -> None:
         await self.gate.close()
         try:
-            await prepare
             for extent in self.lookup.extents(offset, align_up(offset + length, self._cluster)):
                 if extent.kind is Kind.DATA:
                     self.top.unmap(extent.offset, extent.length, Kind.BELOW)

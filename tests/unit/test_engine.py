@@ -575,11 +575,7 @@ def test_copy_up_brings_what_is_below_and_punches_zeros(tmp_path, host):
 def test_give_up_shows_the_base_again_and_gives_the_space_back(disk, host, base, overlay):
     disk.write(CLUSTER, b"x" * CLUSTER)
     disk.flush()
-
-    async def nothing():
-        return
-
-    disk.reactor.run(disk.engine.give_up(0, SIZE, nothing()))
+    disk.reactor.run(disk.engine.give_up(0, SIZE))
     assert disk.read(0, SIZE) == base
     assert disk.engine.top.allocated() == 0
 
