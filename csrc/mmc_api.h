@@ -59,11 +59,14 @@ int mmc_queue_fd(struct mmc_queue *queue);
  * collects up to `max` completions. timeout_ms: 0 never waits, -1 waits for at
  * least one, else at most that long. Returns the number collected, 0 on time-out,
  * -EINTR on a signal (the ops are submitted all the same), other -errno if the ops
- * could not be taken (then none was). Safe from several threads: a thread that
+ * could not be taken (then none was). A request of the helper's own that completes ends the
+ * wait as well, and is not counted. Safe from several threads: a thread that
  * waits inside does not keep another from submitting; of two that wait, one may
  * return 0 early. */
 int mmc_queue_turn(struct mmc_queue *queue, const struct mmc_op *ops, uint32_t count,
                    struct mmc_done *done, uint32_t max, int timeout_ms);
+/* 1 while requests are in flight, the helper's own (see paths) included, else 0. */
+int mmc_queue_busy(struct mmc_queue *queue);
 /* Waits for everything in flight, drops its results, frees. */
 void mmc_queue_close(struct mmc_queue *queue);
 
@@ -89,7 +92,7 @@ int mmc_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
  * reaches the file by itself. Every access runs under the SIGBUS guard and returns
  * -EFAULT where the file behind the page is gone or unreadable; accesses beyond
  * the size return -ERANGE. `reserve` bytes of address space are set aside for
- * growth. Callers serialise changes, snapshot and set_size per view; loads and scans may
+ * growth. Changes, marks, snapshots and changes of size exclude each other; loads and scans
  * run beside stores. */
 struct mmc_view;
 
@@ -140,3 +143,56 @@ int mmc_view_snapshot(struct mmc_view *view, uint64_t offset, uint64_t length,
 /* Gives pages without a dirty unit back to the file (mapped views only). Never call
  * it after a failed sync. */
 int mmc_view_release(struct mmc_view *view);
+
+/* ---- paths: requests that need no decision ------------------------------ */
+
+/* One layer of a disk as the helper sees it, top first: a bit per cluster, or all there. */
+struct mmc_layer {
+    struct mmc_view *view; /* of the bits (set: in this layer); NULL: every byte is here */
+    uint64_t bits;         /* the byte of the view where they begin */
+    uint64_t size;         /* of the layer: what is beyond reads as zeros */
+    uint64_t start;        /* in the file, of the disk's byte 0 */
+    uint64_t read_end;     /* in the file: transfers beyond it are misses */
+    uint64_t write_end;
+    uint32_t cluster_shift;
+    uint32_t file_align;   /* of offsets and lengths; 1: none is needed */
+    uint32_t memory_align; /* of buffers */
+    int32_t fd;
+};
+
+#define MMC_PATH_LAYERS 16
+/* What hits there are besides reads. */
+#define MMC_PATH_WRITES 1    /* writes to clusters of the top layer */
+#define MMC_PATH_ALLOCATES 2 /* writes of whole clusters that are not there yet */
+#define MMC_PATH_GUARDED 4   /* but not to the first sector */
+
+#define MMC_HOLD_WRITES 1
+#define MMC_HOLD_ALL 3
+
+struct mmc_path;
+
+/* The path misses everything until the first mmc_path_set. */
+struct mmc_path *mmc_path_open(struct mmc_queue *queue, int *error);
+/* With nothing in flight. */
+void mmc_path_close(struct mmc_path *path);
+/* Replaces the table; `count` 0 makes everything a miss. Only while all is held and drained, or
+ * before the first use. -EINVAL for more than MMC_PATH_LAYERS. */
+int mmc_path_set(struct mmc_path *path, uint64_t size, const struct mmc_layer *layers,
+                 uint32_t count, int hits);
+/* Holds [start, end): from here on hits of that kind that touch it are misses. Returns the hold's
+ * number, or -ENOMEM. */
+int64_t mmc_path_hold(struct mmc_path *path, uint64_t start, uint64_t end, int kind);
+/* Transfers in flight that such a hold would forbid. */
+uint32_t mmc_path_busy(struct mmc_path *path, uint64_t start, uint64_t end, int kind);
+void mmc_path_release(struct mmc_path *path, int64_t hold);
+/* Notes that a holder waits, or that none does any more: while one does, whoever turns the queue
+ * in the helper comes back after each transfer. */
+void mmc_path_await(struct mmc_path *path, int awaited);
+/* A sync has failed: from here on writes miss, and what is being allocated ends with -EIO. */
+void mmc_path_fail(struct mmc_path *path);
+/* 1 when writes were begun since the last call or are in flight, else 0: a sync is due. */
+int mmc_path_take_written(struct mmc_path *path);
+/* Transfers one range at once, in this thread, without the queue. Returns length, 0 for a miss, or
+ * -errno; -EBADF in a forked child. code: MMC_READ or MMC_WRITE. */
+int64_t mmc_path_transfer(struct mmc_path *path, int code, uint64_t offset, void *address,
+                          uint64_t length);

@@ -73,54 +73,49 @@ static int pool_submit(struct mmc_queue *queue, struct mmc_requests *fresh)
     return rc;
 }
 
-static uint32_t pool_reap(struct pool *pool, struct mmc_done *done, uint32_t max,
-                          struct mmc_requests *reaped)
+static uint32_t pool_reap(struct pool *pool, struct mmc_collect *into,
+                          struct mmc_requests *copies)
 {
     eventfd_t drained;
     uint32_t n;
 
     pthread_mutex_lock(&pool->ready);
-    for (n = 0; n < max && pool->finished.first; n++) {
-        struct mmc_request *request = mmc_requests_pop(&pool->finished);
-
-        done[n] = (struct mmc_done){request->token, request->result};
-        mmc_requests_push(reaped, request);
-    }
+    for (n = 0; into->count < into->max && pool->finished.first; n++)
+        mmc_queue_sort(mmc_requests_pop(&pool->finished), into, copies);
     if (n && !pool->finished.first)
         eventfd_read(pool->eventfd, &drained);
     pthread_mutex_unlock(&pool->ready);
     return n;
 }
 
-static int pool_collect(struct mmc_queue *queue, struct mmc_done *done, uint32_t max,
-                        int timeout_ms)
+static int pool_collect(struct mmc_queue *queue, struct mmc_collect *into, int timeout_ms)
 {
     const struct mmc_deadline deadline = mmc_deadline_in(timeout_ms);
     struct pool *pool = queue->state;
-    struct mmc_requests reaped = {0};
-    uint32_t n = pool_reap(pool, done, max, &reaped);
+    struct mmc_requests copies = {0};
+    uint32_t n = pool_reap(pool, into, &copies);
 
     while (n == 0 && timeout_ms != 0) {
         int rc = mmc_wait_readable(pool->eventfd, &deadline);
 
         if (rc <= 0)
             return rc;
-        n = pool_reap(pool, done, max, &reaped);
+        n = pool_reap(pool, into, &copies);
     }
     pthread_mutex_lock(&queue->lock);
-    mmc_queue_retire(queue, &reaped);
+    mmc_queue_retire(queue, n, &copies);
     pthread_mutex_unlock(&queue->lock);
-    return (int)n;
+    return (int)into->count;
 }
 
-static int pool_turn(struct mmc_queue *queue, struct mmc_requests *fresh, struct mmc_done *done,
-                     uint32_t max, int timeout_ms)
+static int pool_turn(struct mmc_queue *queue, struct mmc_requests *fresh,
+                     struct mmc_collect *into, int timeout_ms)
 {
     int rc = pool_submit(queue, fresh);
 
-    if (rc < 0 || max == 0)
+    if (rc < 0 || into->max == 0)
         return rc;
-    return pool_collect(queue, done, max, timeout_ms);
+    return pool_collect(queue, into, timeout_ms);
 }
 
 static void pool_close(struct mmc_queue *queue)

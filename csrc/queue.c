@@ -77,12 +77,23 @@ static void discard(struct mmc_requests *list)
     }
 }
 
-void mmc_queue_retire(struct mmc_queue *queue, struct mmc_requests *finished)
+void mmc_queue_sort(struct mmc_request *request, struct mmc_collect *collect,
+                    struct mmc_requests *copies)
+{
+    if (request->owner) {
+        mmc_requests_push(&collect->owned, request);
+        return;
+    }
+    collect->done[collect->count++] = (struct mmc_done){request->token, request->result};
+    mmc_requests_push(copies, request);
+}
+
+void mmc_queue_retire(struct mmc_queue *queue, uint64_t count, struct mmc_requests *copies)
 {
     struct mmc_request *request;
 
-    queue->outstanding -= finished->count;
-    while ((request = mmc_requests_pop(finished))) {
+    queue->outstanding -= count;
+    while ((request = mmc_requests_pop(copies))) {
         mmc_request_clear(request);
         if (queue->spare.count < SPARE_MAX)
             mmc_requests_push(&queue->spare, request);
@@ -195,9 +206,18 @@ int mmc_queue_fd(struct mmc_queue *queue)
     return queue->backend->fd(queue);
 }
 
+static void tell_owners(struct mmc_requests *owned)
+{
+    struct mmc_request *request;
+
+    while ((request = mmc_requests_pop(owned)))
+        request->owner(request);
+}
+
 int mmc_queue_turn(struct mmc_queue *queue, const struct mmc_op *ops, uint32_t count,
                    struct mmc_done *done, uint32_t max, int timeout_ms)
 {
+    struct mmc_collect collect = {.done = done, .max = max};
     struct mmc_requests fresh = {0};
     int rc;
 
@@ -206,12 +226,27 @@ int mmc_queue_turn(struct mmc_queue *queue, const struct mmc_op *ops, uint32_t c
     rc = copy_ops(queue, ops, count, &fresh);
     if (rc < 0)
         return rc;
-    rc = queue->backend->turn(queue, &fresh, done, max, timeout_ms);
+    rc = queue->backend->turn(queue, &fresh, &collect, timeout_ms);
     discard(&fresh);
+    tell_owners(&collect.owned);
     return rc;
 }
 
-static bool is_busy(struct mmc_queue *queue)
+void mmc_queue_push(struct mmc_queue *queue, struct mmc_requests *batch)
+{
+    struct mmc_collect nothing = {0};
+    struct mmc_request *request;
+    int rc = -EBADF;
+
+    if (queue->process == mmc_process())
+        rc = queue->backend->turn(queue, batch, &nothing, 0);
+    while ((request = mmc_requests_pop(batch))) {
+        request->result = rc;
+        request->owner(request);
+    }
+}
+
+int mmc_queue_busy(struct mmc_queue *queue)
 {
     uint64_t outstanding;
 
@@ -232,10 +267,10 @@ void mmc_queue_close(struct mmc_queue *queue)
      * that are not here. The descriptor closes with the child. */
     if (queue->process != mmc_process())
         return;
-    while (is_busy(queue) && (rc >= 0 || rc == -EINTR))
+    while (mmc_queue_busy(queue) && (rc >= 0 || rc == -EINTR))
         rc = mmc_queue_turn(queue, NULL, 0, dropped, 64, -1);
     /* Better a leak than memory freed that the kernel still writes to. */
-    if (is_busy(queue))
+    if (mmc_queue_busy(queue))
         return;
     queue->backend->close(queue);
     discard(&queue->spare);

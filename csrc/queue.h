@@ -22,13 +22,22 @@
 #include "mmc.h"
 #include "request.h"
 
+/* Where collected requests go. */
+struct mmc_collect {
+    struct mmc_done *done;
+    uint32_t max;
+    uint32_t count;            /* of `done` in use */
+    struct mmc_requests owned; /* for whoever owns them */
+};
+
 struct mmc_backend {
     int number; /* MMC_BACKEND_... */
     int (*open)(struct mmc_queue *queue);
     int (*fd)(struct mmc_queue *queue);
-    /* Takes `fresh` (all of them, or none and returns -errno), then collects. */
-    int (*turn)(struct mmc_queue *queue, struct mmc_requests *fresh, struct mmc_done *done,
-                uint32_t max, int timeout_ms);
+    /* Takes `fresh` (all of them, or none and returns -errno), then collects: those with an owner
+     * into `owned`, which ends a wait as well. */
+    int (*turn)(struct mmc_queue *queue, struct mmc_requests *fresh, struct mmc_collect *collect,
+                int timeout_ms);
     void (*close)(struct mmc_queue *queue);
 };
 
@@ -47,8 +56,17 @@ extern const struct mmc_backend mmc_pool_backend;
 extern const struct mmc_backend mmc_uring_backend;
 #endif
 
-/* Takes collected requests back. The caller holds the queue's lock. */
-void mmc_queue_retire(struct mmc_queue *queue, struct mmc_requests *finished);
+/* Puts a finished request where it belongs: its result into `collect`, itself into `copies` where
+ * it is a copy of an op. */
+void mmc_queue_sort(struct mmc_request *request, struct mmc_collect *collect,
+                    struct mmc_requests *copies);
+/* Takes `count` collected requests off the account, and the copies among them back. The caller
+ * holds the queue's lock. */
+void mmc_queue_retire(struct mmc_queue *queue, uint64_t count, struct mmc_requests *copies);
+
+/* Submits the helper's own requests; the list is empty afterwards. What cannot be submitted is
+ * finished with that error. Never waits. */
+void mmc_queue_push(struct mmc_queue *queue, struct mmc_requests *batch);
 
 /* When a wait ends; timeout_ms as in mmc_queue_turn. */
 struct mmc_deadline {

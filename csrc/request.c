@@ -114,6 +114,7 @@ int mmc_request_set(struct mmc_request *request, const struct mmc_op *op)
 {
     int rc;
 
+    request->owner = NULL;
     request->token = op->token;
     request->offset = op->offset;
     request->left = 0;

@@ -18,6 +18,10 @@
 
 struct mmc_request {
     struct mmc_request *next;
+    /* NULL for a copied op, whose result is reported by its token. Else the request is part of
+     * something of the helper's own, is never copied or freed here, and this is called when it is
+     * finished, by the thread that collects it and without a lock held. */
+    void (*owner)(struct mmc_request *request);
     uint64_t token;
     uint64_t offset; /* of the next byte to move */
     uint64_t left;   /* bytes still to move; FALLOCATE and MSYNC: the length */

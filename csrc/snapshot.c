@@ -23,7 +23,7 @@ static uint64_t clip(struct mmc_view *view, uint64_t offset, uint64_t length)
     return length < size - offset ? length : size - offset;
 }
 
-void mmc_view_mark(struct mmc_view *view, uint64_t offset, uint64_t length)
+void mmc_view_mark_held(struct mmc_view *view, uint64_t offset, uint64_t length)
 {
     length = clip(view, offset, length);
     atomic_thread_fence(memory_order_release); /* the store before its mark */
@@ -32,13 +32,27 @@ void mmc_view_mark(struct mmc_view *view, uint64_t offset, uint64_t length)
                        mmc_view_end_unit(view, offset, length));
 }
 
+void mmc_view_mark(struct mmc_view *view, uint64_t offset, uint64_t length)
+{
+    if (mmc_view_allow(view, 0, 0) < 0)
+        return;
+    pthread_mutex_lock(&view->changes);
+    mmc_view_mark_held(view, offset, length);
+    pthread_mutex_unlock(&view->changes);
+}
+
 uint64_t mmc_view_dirty(struct mmc_view *view, uint64_t offset, uint64_t length)
 {
+    uint64_t count;
+
     length = clip(view, offset, length);
     if (length == 0)
         return 0;
-    return mmc_dirty_count(&view->dirty, mmc_view_first_unit(view, offset),
-                           mmc_view_end_unit(view, offset, length));
+    pthread_mutex_lock(&view->changes);
+    count = mmc_dirty_count(&view->dirty, mmc_view_first_unit(view, offset),
+                            mmc_view_end_unit(view, offset, length));
+    pthread_mutex_unlock(&view->changes);
+    return count;
 }
 
 /* ---- snapshot ----------------------------------------------------------- */
@@ -111,7 +125,7 @@ static void mark_again(const struct snapshot *shot)
     uint32_t i;
 
     for (i = 0; i < shot->count; i++)
-        mmc_view_mark(shot->view, shot->runs[i].start, shot->runs[i].count);
+        mmc_view_mark_held(shot->view, shot->runs[i].start, shot->runs[i].count);
 }
 
 int mmc_view_snapshot(struct mmc_view *view, uint64_t offset, uint64_t length, struct mmc_run *runs,
@@ -127,9 +141,11 @@ int mmc_view_snapshot(struct mmc_view *view, uint64_t offset, uint64_t length, s
     shot.max = max < INT32_MAX ? max : INT32_MAX;
     shot.at = mmc_view_first_unit(view, offset);
     shot.end = mmc_view_end_unit(view, offset, length);
+    pthread_mutex_lock(&view->changes);
     rc = (int)mmc_view_access(view, snapshot_body, &shot);
     if (rc < 0)
         mark_again(&shot);
+    pthread_mutex_unlock(&view->changes);
     return rc;
 }
 
@@ -142,7 +158,7 @@ static int release_pages(struct mmc_view *view, uint64_t from, uint64_t to)
     return madvise(view->bytes + from, to - from, MADV_DONTNEED) < 0 ? -errno : 0;
 }
 
-int mmc_view_release(struct mmc_view *view)
+static int release_clean(struct mmc_view *view)
 {
     const uint64_t page = mmc_page_size();
     const uint64_t units = mmc_view_end_unit(view, 0, mmc_view_size(view));
@@ -150,10 +166,8 @@ int mmc_view_release(struct mmc_view *view)
     uint64_t unit = 0;
     uint64_t start;
     uint64_t count;
-    int rc = mmc_view_allow(view, 0, 0);
+    int rc = 0;
 
-    if (rc < 0 || !view->shared)
-        return rc;
     while (rc == 0 && (count = mmc_dirty_next(&view->dirty, unit, units, &start))) {
         rc = release_pages(view, at, unit_offset(view, start) / page * page);
         unit = start + count;
@@ -161,5 +175,17 @@ int mmc_view_release(struct mmc_view *view)
     }
     if (rc == 0)
         rc = release_pages(view, at, view->reserve);
+    return rc;
+}
+
+int mmc_view_release(struct mmc_view *view)
+{
+    int rc = mmc_view_allow(view, 0, 0);
+
+    if (rc < 0 || !view->shared)
+        return rc;
+    pthread_mutex_lock(&view->changes);
+    rc = release_clean(view);
+    pthread_mutex_unlock(&view->changes);
     return rc;
 }

@@ -186,17 +186,17 @@ static bool has_completions(struct uring *uring)
     return io_uring_smp_load_acquire(cq->ktail) != *cq->khead;
 }
 
-/* Reads up to `max` finished requests off the ring; those that need another issue go
- * into `again`. The caller holds `collect`. */
-static uint32_t read_ring(struct uring *uring, struct mmc_done *done, uint32_t max,
-                          struct mmc_requests *finished, struct mmc_requests *again)
+/* Reads finished requests off the ring while there is room for their results; those that need
+ * another issue go into `again`. Returns how many. The caller holds the lock `collect`. */
+static uint32_t read_ring(struct uring *uring, struct mmc_collect *into,
+                          struct mmc_requests *copies, struct mmc_requests *again)
 {
     struct io_uring_cq *cq = &uring->ring.cq;
     const unsigned tail = io_uring_smp_load_acquire(cq->ktail);
     unsigned head = *cq->khead;
     uint32_t n = 0;
 
-    for (; head != tail && n < max; head++) {
+    for (; head != tail && into->count < into->max; head++) {
         const struct io_uring_cqe *cqe = &cq->cqes[head & cq->ring_mask];
         struct mmc_request *request = io_uring_cqe_get_data(cqe);
 
@@ -208,29 +208,29 @@ static uint32_t read_ring(struct uring *uring, struct mmc_done *done, uint32_t m
             mmc_requests_push(again, request);
             continue;
         }
-        done[n++] = (struct mmc_done){request->token, request->result};
-        mmc_requests_push(finished, request);
+        mmc_queue_sort(request, into, copies);
+        n++;
     }
     io_uring_smp_store_release(cq->khead, head);
     return n;
 }
 
 /* Collects what is there, and publishes what that makes room for. */
-static uint32_t reap(struct uring *uring, struct mmc_done *done, uint32_t max)
+static uint32_t reap(struct uring *uring, struct mmc_collect *into)
 {
-    struct mmc_requests finished = {0};
+    struct mmc_requests copies = {0};
     struct mmc_requests again = {0};
     struct mmc_request *request;
     uint32_t n;
 
     if (!has_completions(uring))
         return 0;
-    n = read_ring(uring, done, max, &finished, &again);
+    n = read_ring(uring, into, &copies, &again);
     pthread_mutex_lock(&uring->queue->lock);
     while ((request = mmc_requests_pop(&again)))
         start(uring, request);
     uring->in_flight -= n;
-    mmc_queue_retire(uring->queue, &finished);
+    mmc_queue_retire(uring->queue, n, &copies);
     start_waiting(uring);
     pthread_mutex_unlock(&uring->queue->lock);
     return n;
@@ -243,18 +243,17 @@ static bool is_over(const struct mmc_deadline *deadline)
     return mmc_deadline_left(deadline, &left) && left.tv_sec == 0 && left.tv_nsec == 0;
 }
 
-/* Waits for a completion worth reporting. The caller holds `collect`. */
-static int wait_and_reap(struct uring *uring, struct mmc_done *done, uint32_t max, int timeout_ms)
+/* Waits for a completion worth reporting: 0, or -EINTR. The caller holds the lock `collect`. */
+static int wait_and_reap(struct uring *uring, struct mmc_collect *into, int timeout_ms)
 {
     const struct mmc_deadline deadline = mmc_deadline_in(timeout_ms);
 
     for (;;) {
         const enum wake wake = submit_and_wait(uring, &deadline);
         const bool is_idle = !has_completions(uring);
-        uint32_t n = reap(uring, done, max);
 
-        if (n)
-            return (int)n;
+        if (reap(uring, into))
+            return 0;
         if (is_over(&deadline))
             return 0;
         if (wake == WAKE_SIGNAL && is_idle)
@@ -265,7 +264,7 @@ static int wait_and_reap(struct uring *uring, struct mmc_done *done, uint32_t ma
 }
 
 /* Another thread sleeps in the ring: sleep beside it, on the descriptor. */
-static int wait_beside(struct uring *uring, struct mmc_done *done, uint32_t max, int timeout_ms)
+static int wait_beside(struct uring *uring, struct mmc_collect *into, int timeout_ms)
 {
     const struct mmc_deadline deadline = mmc_deadline_in(timeout_ms);
     int rc = mmc_wait_readable(uring->ring.ring_fd, &deadline);
@@ -274,26 +273,25 @@ static int wait_beside(struct uring *uring, struct mmc_done *done, uint32_t max,
         return rc;
     if (pthread_mutex_trylock(&uring->collect) != 0)
         return 0;
-    rc = (int)reap(uring, done, max);
+    reap(uring, into);
     pthread_mutex_unlock(&uring->collect);
     submit(uring);
-    return rc;
+    return 0;
 }
 
-static int collect(struct uring *uring, struct mmc_done *done, uint32_t max, int timeout_ms)
+static int collect(struct uring *uring, struct mmc_collect *into, int timeout_ms)
 {
-    int rc;
+    int rc = 0;
 
     if (pthread_mutex_trylock(&uring->collect) != 0) {
         submit(uring);
-        return timeout_ms ? wait_beside(uring, done, max, timeout_ms) : 0;
+        return timeout_ms ? wait_beside(uring, into, timeout_ms) : 0;
     }
     /* Before the look, not after it: what the page cache answers completes at once. */
     if (timeout_ms == 0 || has_completions(uring))
         submit(uring);
-    rc = (int)reap(uring, done, max);
-    if (rc == 0 && timeout_ms != 0)
-        rc = wait_and_reap(uring, done, max, timeout_ms);
+    if (reap(uring, into) == 0 && timeout_ms != 0)
+        rc = wait_and_reap(uring, into, timeout_ms);
     pthread_mutex_unlock(&uring->collect);
     submit(uring);
     return rc;
@@ -369,10 +367,11 @@ static int uring_fd(struct mmc_queue *queue)
     return ((struct uring *)queue->state)->ring.ring_fd;
 }
 
-static int uring_turn(struct mmc_queue *queue, struct mmc_requests *fresh, struct mmc_done *done,
-                      uint32_t max, int timeout_ms)
+static int uring_turn(struct mmc_queue *queue, struct mmc_requests *fresh,
+                      struct mmc_collect *into, int timeout_ms)
 {
     struct uring *uring = queue->state;
+    int rc;
 
     if (fresh->first) {
         pthread_mutex_lock(&queue->lock);
@@ -381,11 +380,12 @@ static int uring_turn(struct mmc_queue *queue, struct mmc_requests *fresh, struc
         start_waiting(uring);
         pthread_mutex_unlock(&queue->lock);
     }
-    if (max == 0) {
+    if (into->max == 0) {
         submit(uring);
         return 0;
     }
-    return collect(uring, done, max, timeout_ms);
+    rc = collect(uring, into, timeout_ms);
+    return into->count ? (int)into->count : rc;
 }
 
 static void uring_close(struct mmc_queue *queue)

@@ -66,6 +66,7 @@ static int view_init(struct mmc_view *view, int fd, uint64_t size, uint64_t rese
         reserve = size;
     if (reserve > INT64_MAX / 2 || unit == 0 || (unit & (unit - 1)))
         return -EINVAL;
+    pthread_mutex_init(&view->changes, NULL);
     view->size = size;
     view->reserve = page_up(reserve ? reserve : 1);
     view->unit_shift = (unsigned)__builtin_ctz(unit);
@@ -130,6 +131,7 @@ void mmc_view_close(struct mmc_view *view)
         if (view->shared)
             munmap(view->shared, view->reserve);
         mmc_dirty_close(&view->dirty);
+        pthread_mutex_destroy(&view->changes);
     }
     free(view);
 }
@@ -301,10 +303,15 @@ int mmc_view_fill(struct mmc_view *view, uint64_t offset, const void *from, uint
  * copy missed is still marked after it. */
 int mmc_view_store(struct mmc_view *view, uint64_t offset, const void *from, uint64_t length)
 {
-    int rc = mmc_view_fill(view, offset, from, length);
+    int rc = mmc_view_allow(view, offset, length);
 
+    if (rc < 0)
+        return rc;
+    pthread_mutex_lock(&view->changes);
+    rc = mmc_view_fill(view, offset, from, length);
     if (rc == 0)
-        mmc_view_mark(view, offset, length);
+        mmc_view_mark_held(view, offset, length);
+    pthread_mutex_unlock(&view->changes);
     return rc;
 }
 
@@ -335,18 +342,27 @@ static int drop_tail(struct mmc_view *view, uint64_t from, uint64_t old_size)
     return access.length ? (int)mmc_view_access(view, zero_body, &access) : 0;
 }
 
-int mmc_view_set_size(struct mmc_view *view, uint64_t size)
+static int set_size(struct mmc_view *view, uint64_t size)
 {
     const uint64_t old_size = mmc_view_size(view);
+
+    __atomic_store_n(&view->size, size, __ATOMIC_RELAXED);
+    if (size >= old_size)
+        return 0;
+    mmc_dirty_clear(&view->dirty, mmc_view_end_unit(view, 0, size), UINT64_MAX);
+    return drop_tail(view, size, old_size);
+}
+
+int mmc_view_set_size(struct mmc_view *view, uint64_t size)
+{
     int rc = mmc_view_allow(view, 0, 0);
 
     if (rc < 0)
         return rc;
     if (size > view->reserve)
         return -ENOSPC;
-    __atomic_store_n(&view->size, size, __ATOMIC_RELAXED);
-    if (size >= old_size)
-        return 0;
-    mmc_dirty_clear(&view->dirty, mmc_view_end_unit(view, 0, size), UINT64_MAX);
-    return drop_tail(view, size, old_size);
+    pthread_mutex_lock(&view->changes);
+    rc = set_size(view, size);
+    pthread_mutex_unlock(&view->changes);
+    return rc;
 }

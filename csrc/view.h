@@ -2,6 +2,7 @@
 #ifndef MMC_VIEW_H
 #define MMC_VIEW_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -9,6 +10,7 @@
 #include "mmc.h"
 
 struct mmc_view {
+    pthread_mutex_t changes; /* one change at a time: paths change bits from other threads */
     char *bytes;  /* the live state: private mapping of the file, or memory */
     char *shared; /* read-only shared mapping of the file, NULL for memory */
     uint64_t size;
@@ -26,6 +28,9 @@ int mmc_view_allow(struct mmc_view *view, uint64_t offset, uint64_t length);
 
 /* Runs an access: a mapping's under the guard, memory's as it is. */
 int64_t mmc_view_access(struct mmc_view *view, int64_t (*body)(void *context), void *context);
+
+/* mmc_view_mark, with `changes` held. */
+void mmc_view_mark_held(struct mmc_view *view, uint64_t offset, uint64_t length);
 
 /* The units that [offset, offset+length) touches. */
 uint64_t mmc_view_first_unit(const struct mmc_view *view, uint64_t offset);

@@ -91,10 +91,14 @@ int mmc_view_bits_write(struct mmc_view *view, uint64_t base, uint64_t first, ui
     struct bits_access access = {.value = value};
     int rc = locate(view, base, first, count, &access);
 
-    if (rc == 0)
-        rc = (int)mmc_view_access(view, write_body, &access);
+    if (rc < 0)
+        return rc;
+    pthread_mutex_lock(&view->changes);
+    rc = (int)mmc_view_access(view, write_body, &access);
     if (rc == 0 && count)
-        mmc_view_mark(view, base + first_byte(first), end_byte(first, count) - first_byte(first));
+        mmc_view_mark_held(view, base + first_byte(first),
+                           end_byte(first, count) - first_byte(first));
+    pthread_mutex_unlock(&view->changes);
     return rc;
 }
 
