@@ -364,8 +364,7 @@ class Connection(asyncio.BufferedProtocol):
                 buffer = aligned(HEAD_ROOM + request.length)
             completion = self._verb(export, request, buffer)
         except MmcowError as error:
-            self._done(request)
-            self._send_error(request, wire.error_of(error), str(error))
+            self._failed(export, request, error)
             return
         completion.on_done(partial(self._finish, request, buffer, began))
 
@@ -438,9 +437,7 @@ class Connection(asyncio.BufferedProtocol):
         assert export is not None
         error = completion.error
         if error is not None:
-            self._done(request)
-            self._send_error(request, wire.error_of(error), str(error))
-            export.failed(error)
+            self._failed(export, request, error)
             return
         command = request.command
         export.counters.count(_VERBS[command], request.length, time.monotonic() - began)
@@ -451,6 +448,12 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._done(request)
             self._send(self._done_reply(request.cookie))
+
+    def _failed(self, export: Export, request: wire.Request, error: BaseException) -> None:
+        """A request ended with an error, or could not even begin."""
+        self._done(request)
+        self._send_error(request, wire.error_of(error), str(error))
+        export.failed(error)
 
     def _done(self, request: wire.Request) -> None:
         """A request has ended and its buffer is needed no more."""
@@ -494,6 +497,7 @@ class Connection(asyncio.BufferedProtocol):
                 out += wire.block_status(request.cookie, number, extents, done=last)
         except MmcowError as error:
             self._send_error(request, wire.error_of(error), str(error))
+            export.failed(error)
             return
         export.counters.count("block_status", request.length, time.monotonic() - began)
         self._send(bytes(out))

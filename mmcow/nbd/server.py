@@ -178,7 +178,8 @@ class Server:
 
     async def close(self) -> None:
         """Finish what is in flight, flush, close everything. The first error of a flush is raised
-        after all was closed. Further calls wait for the first."""
+        after all was closed, others are its notes; LayerFailed where a client's flush had failed
+        before. Further calls wait for the first."""
         if self._closed is None:
             self._closed = asyncio.ensure_future(self._close())
         await asyncio.shield(self._closed)
@@ -200,8 +201,12 @@ class Server:
         for export in self.exports.values():
             try:
                 await export.image.close()
+                export.image.engine.flusher.check()  # what clients were told its owner hears too
             except Exception as error:  # noqa: BLE001 - all are closed, the first is raised
-                first = first or error
+                if first is None:
+                    first = error
+                else:
+                    first.add_note(str(error))
         await self._part(PARTING_SECONDS)  # let last replies leave
         for connection in list(self.connections):
             connection.abort()  # who does not read them
