@@ -204,6 +204,7 @@ class Guest:
         job: str,
         *drives: str,
         payload: dict[str, bytes] | None = None,
+        options: tuple[str, ...] = (),
     ) -> None:
         kernel, initramfs = boot_files(folder, job, payload)
         words = [QEMU, "-accel", "tcg", "-m", "256", "-nodefaults", "-display", "none"]
@@ -211,6 +212,7 @@ class Guest:
         words += ["-initrd", str(initramfs), "-append", KERNEL_LINE]
         for drive in drives:
             words += ["-drive", drive]
+        words += options
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._ended = False
@@ -338,14 +340,14 @@ class Server:
         found: dict[str, Any] = exports[0]
         return found
 
-    def stop(self) -> None:
+    def stop(self, status: int = 0) -> None:
         """The friendly end, which must be clean."""
         self._process.terminate()
         try:
-            status = self._process.wait(STEP_SECONDS)
+            ended = self._process.wait(STEP_SECONDS)
         except subprocess.TimeoutExpired:
             raise tools.Failed(f"the server does not end\n{self.log()}") from None
-        assert status == 0, f"the server ended with {status}\n{self.log()}"
+        assert ended == status, f"the server ended with {ended}\n{self.log()}"
         assert "Traceback" not in self.log(), self.log()
 
     def kill(self) -> None:
