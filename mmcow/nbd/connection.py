@@ -54,6 +54,7 @@ HOLE_LEAST = 32 << 10
 _REQUEST = wire.REQUEST.size
 _READ_HEAD = struct.Struct(">IHHQIQ")  # chunk head and the offset of OFFSET_DATA
 _NO_PAYLOAD = memoryview(b"")
+_SHUTDOWN = (wire.ESHUTDOWN, "the server is being shut down")
 _CHANGES = frozenset((wire.CMD_WRITE, wire.CMD_TRIM, wire.CMD_WRITE_ZEROES))
 _VERBS = {
     wire.CMD_READ: "read",
@@ -100,6 +101,7 @@ class Connection(asyncio.BufferedProtocol):
         self._write_due = False
         self._held: set[str] = set()  # why the client is not read from
         self._paused = False
+        self._stopping = False  # the server ends: nothing more is begun
         self._leaving = False
         self._gone = False
 
@@ -287,8 +289,6 @@ class Connection(asyncio.BufferedProtocol):
         """Begin one request, or refuse it; False where it has to wait."""
         command, length = request.command, request.length
         problem = self._refusal(export, request)
-        if command == wire.CMD_WRITE and length > wire.PAYLOAD_MOST:
-            raise wire.ProtocolError(f"write of {length} bytes")
         if problem is not None:
             self._at += _REQUEST
             if command == wire.CMD_WRITE and length:
@@ -336,7 +336,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _end_payload(self, export: Export, request: wire.Request) -> None:
         payload, self._payload, self._request = self._payload, _NO_PAYLOAD, None
-        self._start(export, request, payload)
+        if self._stopping:
+            self._give_memory(request.length)
+            self._send_error(request, *_SHUTDOWN)
+        else:
+            self._start(export, request, payload)
 
     def _skip_payload(self) -> None:
         """Pass over the payload of a write that was refused, then say so."""
@@ -371,6 +375,8 @@ class Connection(asyncio.BufferedProtocol):
     def _refusal(self, export: Export, request: wire.Request) -> tuple[int, str] | None:
         """Why a request cannot even be begun."""
         flags, command = request.flags, request.command
+        if self._stopping and command != wire.CMD_DISC:
+            return _SHUTDOWN
         known = wire.KNOWN_FLAGS.get(command)
         if known is None:
             return wire.EINVAL, f"unknown command {command}"
@@ -390,9 +396,9 @@ class Connection(asyncio.BufferedProtocol):
             text = f"{offset}+{length} is beyond {size}"
             if command in (wire.CMD_WRITE, wire.CMD_WRITE_ZEROES):
                 error = wire.ENOSPC
-        elif command == wire.CMD_READ:
+        elif command in (wire.CMD_READ, wire.CMD_WRITE):
             if length > wire.PAYLOAD_MOST:
-                text = f"read of {length} bytes"
+                text = f"{_VERBS[command]} of {length} bytes; the most is {wire.PAYLOAD_MOST}"
         elif command == wire.CMD_FLUSH:
             if offset or length:
                 text = "flush takes no range"
@@ -452,8 +458,7 @@ class Connection(asyncio.BufferedProtocol):
     def _failed(self, export: Export, request: wire.Request, error: BaseException) -> None:
         """A request ended with an error, or could not even begin."""
         self._done(request)
-        self._send_error(request, wire.error_of(error), str(error))
-        export.failed(error)
+        self._send_failure(export, request, error)
 
     def _done(self, request: wire.Request) -> None:
         """A request has ended and its buffer is needed no more."""
@@ -496,8 +501,7 @@ class Connection(asyncio.BufferedProtocol):
                 last = position == len(self._contexts) - 1
                 out += wire.block_status(request.cookie, number, extents, done=last)
         except MmcowError as error:
-            self._send_error(request, wire.error_of(error), str(error))
-            export.failed(error)
+            self._send_failure(export, request, error)
             return
         export.counters.count("block_status", request.length, time.monotonic() - began)
         self._send(bytes(out))
@@ -505,6 +509,12 @@ class Connection(asyncio.BufferedProtocol):
             # It may have looked at much: others get their turn before this client's next request.
             self._hold("turn")
             self._loop.call_soon(self._release, "turn")
+
+    def _send_failure(self, export: Export, request: wire.Request, error: BaseException) -> None:
+        """Tell the client in words that name no file of this host, and the log all of it."""
+        reason = wire.reason_of(error, export.image.path)
+        self._send_error(request, wire.error_of(error), reason)
+        export.failed(error)
 
     def _send_error(self, request: wire.Request, error: int, text: str) -> None:
         if self._structured:
@@ -617,10 +627,14 @@ class Connection(asyncio.BufferedProtocol):
         """Close at once."""
         self._transport.abort()
 
-    def finish(self) -> None:
-        """The server stops: as if the client had said that it sends no more."""
+    def refuse(self) -> None:
+        """The server stops: what is in flight goes on, nothing else is begun."""
+        self._stopping = True
         if self._handshake is not None:
             self._end_handshake()
             self._transport.abort()
-            return
-        self._leave()
+
+    def finish(self) -> None:
+        """As if the client had said that it sends no more."""
+        if not self._gone:
+            self._leave()

@@ -9,10 +9,11 @@ Owns: the wire. Never: does I/O, knows images.
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from typing import NamedTuple
 
-from mmcow.errors import MmcowError
+from mmcow.errors import LayerFailed, MmcowError, UsageError
 
 NBDMAGIC = 0x4E42444D41474943
 IHAVEOPT = 0x49484156454F5054
@@ -218,6 +219,22 @@ def error_of(error: BaseException) -> int:
     if isinstance(error, ValueError):  # UsageError: a range or a mode
         return EINVAL
     return EIO
+
+
+def reason_of(error: BaseException, name: str) -> str:
+    """What a client of disk ``name`` is told of an error besides its number. Errors name files of
+    this host, which are none of its business: only what is known to name none is passed on."""
+    text = str(error)
+    if isinstance(error, NotFast):
+        return text
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    if isinstance(error, LayerFailed):
+        return "refused after an earlier failure"
+    if isinstance(error, UsageError) and text.startswith(f"{name}: "):  # the engine's, of this disk
+        told = text.removeprefix(f"{name}: ")
+        return told if "/" not in told else "refused"
+    return "failed"
 
 
 def parse_name(data: bytes, at: int = 0) -> tuple[str, int]:

@@ -88,7 +88,7 @@ class Server:
         except OSError as error:
             raise StorageError(error.errno or 0, "listen", path) from error
         self._listeners.append(listener)
-        self._paths.append((path, os.stat(path).st_ino))
+        self._paths.append(_lasting_name(path))
         scheme = "nbd+unix" if self.tls is None else "nbds+unix"
         return f"{scheme}:///{self._default_name()}?socket={quote(path)}"
 
@@ -184,15 +184,18 @@ class Server:
             self._closed = asyncio.ensure_future(self._close())
         await asyncio.shield(self._closed)
 
-    async def _close(self) -> None:
+    def _stop_listening(self) -> None:
         for listener in self._listeners:
             listener.close()
         for path, inode in self._paths:
             with contextlib.suppress(OSError):
                 if os.stat(path).st_ino == inode:
                     os.unlink(path)
+
+    async def _close(self) -> None:
+        self._stop_listening()
         for connection in list(self.connections):
-            connection.finish()
+            connection.refuse()
         for task in list(self._background):
             task.cancel()
         if self._background:
@@ -207,6 +210,8 @@ class Server:
                     first = error
                 else:
                     first.add_note(str(error))
+        for connection in list(self.connections):
+            connection.finish()
         await self._part(PARTING_SECONDS)  # let last replies leave
         for connection in list(self.connections):
             connection.abort()  # who does not read them
@@ -263,6 +268,11 @@ def _affordable(connections: int) -> int:
     if soft == resource.RLIM_INFINITY:
         return connections
     return max(1, min(connections, soft - DESCRIPTORS_KEPT))
+
+
+def _lasting_name(path: str) -> tuple[str, int]:
+    """A socket's name and inode; the program around may change its working directory."""
+    return os.path.abspath(path), os.stat(path).st_ino
 
 
 def _remove_stale(path: str) -> None:

@@ -155,8 +155,11 @@ def test_lengths_of_all_ones(served):
     for command in range(10):
         with connect(served.path) as client:
             client.send(nbd.request(command, 1, 0, 0xFFFFFFFF))
-            if command in (nbd.WRITE, nbd.DISC):
+            if command == nbd.DISC:
                 assert client.at_end()
+            elif command == nbd.WRITE:  # what follows is its payload, passed over
+                client.send(bytes(1 << 20))
+                assert served.server.memory.used < MIB
             else:
                 client.sent[1] = nbd.Sent(command, 0, 0, 0xFFFFFFFF)
                 assert client.next_reply()[1].error

@@ -282,6 +282,44 @@ class TestClose:
         with mmcow.open(image) as disk:
             assert disk.read(512, 4096) == b"w" * 4096
 
+    @pytest.mark.parametrize("structured", [True, False])
+    def test_a_request_that_comes_meanwhile_is_told(self, tmp_path, image, structured):
+        """What was begun is finished; what comes later, and the rest of a payload, is refused."""
+        served = Serving({"": image}, tmp_path / "s")
+        engine = served.engine()
+        held = []
+
+        def slow(_offset, buffers):
+            completion = Completion()
+            held.append((completion, len(buffers[0])))
+            return completion
+
+        engine.top.data.read = slow
+        with connect(served.path, structured=structured) as client:
+            first = client.start(nbd.READ, 0, 512)
+            client.sent[7] = nbd.Sent(nbd.WRITE, 0, 4096, 4096)
+            client.send(nbd.request(nbd.WRITE, 7, 4096, 4096) + b"w" * 1000)
+            while not held or served.server.memory.used < 4096 + 512:
+                time.sleep(0.01)
+            served.loop.call_soon_threadsafe(served._end.set)
+            while not served.server._closed:
+                time.sleep(0.01)
+            client.send(b"w" * 3096)
+            for command in (nbd.WRITE, nbd.FLUSH, nbd.READ):
+                data = b"x" * 4096 if command == nbd.WRITE else b""
+                client.start(command, 0, 512 * (command == nbd.READ), data=data)
+            answers = [client.next_reply() for _ in range(4)]
+            assert [reply.error for _, reply in answers] == [108] * 4
+            assert answers[0][0] == 7
+            served.loop.call_soon_threadsafe(lambda: held[0][0].set(held[0][1]))
+            served.loop.call_soon_threadsafe(engine.reactor.poll)
+            cookie, reply = client.next_reply()
+            assert (cookie, reply.error) == (first, 0)
+            assert client.at_end()
+        assert served.stop() is None
+        with mmcow.open(image) as disk:
+            assert disk.read(0, 8192) == b"d" * 8192
+
     def test_ends_clients_of_every_kind(self, tmp_path, image, monkeypatch):
         monkeypatch.setattr(server, "PARTING_SECONDS", 0.5)
         disk = make_raw(tmp_path / "big.raw", bytes(32 * MIB))
