@@ -84,6 +84,7 @@ class SimHost:
         self.directories: dict[str, Directory] = {}
         self.locks: dict[int, list[tuple[SimHandle, frozenset[int], frozenset[int]]]] = {}
         self.in_flight: list[_Request] = []
+        self.queues: dict[int, SimQueue] = {}
         self.underway: tuple[Inode, Change] | None = None  # of a synchronous call
         self.faults: list[Fault] = []
         self.watch: Callable[[str], None] | None = None
@@ -263,7 +264,9 @@ class SimHost:
 
     def queue(self) -> SimQueue:
         """A new queue."""
-        return SimQueue(self)
+        queue = SimQueue(self)
+        self.queues[queue.fileno()] = queue
+        return queue
 
     # ---- names ----
 
@@ -463,7 +466,13 @@ class SimQueue:
     def __init__(self, host: SimHost) -> None:
         self.host = host
         self._pending: list[_Request] = []
+        self._handed = 0  # requests that a turn has handed to the machine; they alone can complete
+        self._number = len(host.queues) + 1
         self.closed = False
+
+    def path(self) -> None:
+        """No request gets past the simulator."""
+        return
 
     @property
     def busy(self) -> bool:
@@ -471,8 +480,13 @@ class SimQueue:
         return bool(self._pending)
 
     def fileno(self) -> int:
-        """There is no descriptor."""
-        raise NotImplementedError("a simulated queue cannot be polled")
+        """What a simulated loop knows the queue by: no descriptor of this machine."""
+        return self._number
+
+    @property
+    def readable(self) -> bool:
+        """Whether something may complete without another turn: then a loop's reader is called."""
+        return self._handed > 0
 
     def read(self, handle: SimHandle, offset: int, buffers: Sequence[Any]) -> Completion[int]:
         """Fill buffers on completion."""
@@ -527,6 +541,7 @@ class SimQueue:
             self._pending.remove(request)
             self.host.in_flight.remove(request)
             finished.append((request, result))
+        self._handed = len(self._pending)
         return finished
 
     def deliver(self, finished: list[tuple[Completion[Any], int]]) -> None:

@@ -8,7 +8,8 @@ the times at which its operation began and ended. Two rules say everything:
   later means: it began after the first had ended. Versions of overlapping operations do not
   supersede each other: either may come last.
 - A **read** counts from its own start. A **power cut** counts from the start of the last
-  successful flush: what had ended by then is durable, what came later may or may not be.
+  successful flush: what had ended by then is durable, what came later may or may not be. An
+  operation that was asked to be durable by itself (FUA) is so from its end.
 
 A version is *sure* if its operation succeeded and must take effect. Not sure are operations that
 failed, those that are still under way, and discards, which are hints: the old value and zero are
@@ -36,6 +37,7 @@ class Version:
     start: int
     end: int
     sure: bool
+    durable: bool = False  # on the disk since its end, whatever was flushed
 
 
 @dataclass(slots=True)
@@ -98,12 +100,13 @@ class Model:
         """A write of zeros begins."""
         return self.begin_write(offset, bytes(length))
 
-    def done(self, operation: Operation, *, sure: bool = True) -> None:
+    def done(self, operation: Operation, *, sure: bool = True, durable: bool = False) -> None:
         """The change has succeeded; a discard is not ``sure``."""
         self.now += 1
         for version in operation.versions:
             version.end = self.now
             version.sure = sure
+            version.durable = durable
 
     def failed(self, operation: Operation) -> None:
         """The change has failed: it may have happened all the same, to any cell."""
@@ -151,14 +154,18 @@ class Model:
         self.reading.remove(began)
 
     def check_read(self, offset: int, data: bytes, began: int) -> None:
-        """A read that began at time ``began`` has brought whole cells."""
+        """A read that began at time ``began`` has brought these bytes."""
         sync_failed = self.sync_failed()
-        for at in range(0, len(data), self.cell):
-            index = (offset + at) // self.cell
+        end = offset + len(data)
+        for index in range(offset // self.cell, -(-end // self.cell)):
             if sync_failed and len(self.cells[index]) > 1:
                 continue
-            found = data[at : at + self.cell]
+            start = index * self.cell
+            first, last = max(offset, start), min(end, start + self.cell)
+            found = data[first - offset : last - offset]
             allowed = self._visible(index, began)
+            if len(found) < self.cell:
+                allowed = {value[first - start : last - start] for value in allowed}
             if found not in allowed:
                 raise Violation(self._explain("a read", index, found, allowed))
 
@@ -183,7 +190,7 @@ class Model:
             found = data[index * cell : (index + 1) * cell]
             if len(versions) == 1 and found in versions[0].values:
                 continue
-            allowed = _values(_standing(versions, self.barrier))
+            allowed = _values(_standing(versions, self.barrier, cut=True))
             if found not in allowed:
                 raise Violation(self._explain("after the cut", index, found, allowed))
         beyond = len(self.cells) * cell
@@ -224,9 +231,13 @@ class Model:
         return f"{when}: bytes {at}..{at + self.cell} are {show(found)}, allowed: {wanted}"
 
 
-def _standing(versions: list[Version], moment: int) -> list[Version]:
-    """Versions that no sure later one, ended before ``moment``, has superseded."""
-    newest = max((v.start for v in versions if v.sure and v.end < moment), default=ALWAYS - 1)
+def _standing(versions: list[Version], moment: int, *, cut: bool = False) -> list[Version]:
+    """Versions that no sure later one, ended before ``moment`` (or durable at a ``cut``), has
+    superseded."""
+    newest = max(
+        (v.start for v in versions if v.sure and (v.end < moment or (cut and v.durable))),
+        default=ALWAYS - 1,
+    )
     # A version of time ALWAYS is the first: everything sure supersedes it.
     return [v for v in versions if v.end >= newest]
 
