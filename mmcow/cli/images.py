@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from mmcow.cli.ui import Ui
     from mmcow.image import Image
+    from mmcow.storage.host import Host
 
 
 @contextmanager
@@ -30,8 +31,10 @@ def opened(
     cache: str = "auto",
     share: bool = False,
     backing_format: str | None = None,
+    host: Host | None = None,
+    quiet: bool = False,
 ) -> Iterator[Image]:
-    """Open ``path`` for the block; what is odd about it goes to standard error."""
+    """Open ``path`` for the block; what is odd about it goes to standard error, or nowhere."""
     ui.subject = path
     image = mmcow.open(
         path,
@@ -40,10 +43,12 @@ def opened(
         cache=cache,
         share=share,
         backing_format=backing_format,
+        host=host,
     )
     with image:
         ui.opened(path, image)
-        warn(ui, path, image)
+        if not quiet:
+            warn(ui, path, image)
         yield image
 
 

@@ -21,6 +21,8 @@ from mmcow.cli.ui import CommandLineError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+_NUMBER = re.compile(r"(0x[0-9a-f]{1,16})|[0-9]{1,20}", re.IGNORECASE | re.ASCII)
+
 CACHES = "auto, none, writeback, writethrough, directsync or unsafe"
 
 
@@ -173,6 +175,20 @@ def size_argument(what: str) -> Callable[[str], int]:
     return convert
 
 
+def number_argument(what: str, least: int, most: int | None = None) -> Callable[[str], int]:
+    """The same for plain numbers, decimal or hexadecimal, within bounds."""
+
+    def convert(text: str) -> int:
+        found = _NUMBER.fullmatch(text)
+        value = int(text, 16 if found[1] else 10) if found else least - 1
+        if value < least or (most is not None and value > most):
+            bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"{what} {text!r}: must be a number {bounds}")
+        return value
+
+    return convert
+
+
 def add_format(parser: Parser, what: str = "the image") -> None:
     """-f: which format, instead of looking at the first bytes."""
     parser.add_argument(
@@ -219,15 +235,17 @@ def add_quiet(parser: Parser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
 
 
-def add_progress(parser: Parser) -> None:
-    """-p and --progress."""
-    parser.add_argument(
-        "-p",
-        dest="show_progress",
-        action="store_true",
-        help="show progress even where standard error is no terminal "
-        "(then as qemu-img does, on standard output)",
-    )
+def add_progress(parser: Parser, *, short: bool = True) -> None:
+    """-p (unless ``short`` is False) and --progress."""
+    parser.set_defaults(show_progress=False)
+    if short:
+        parser.add_argument(
+            "-p",
+            dest="show_progress",
+            action="store_true",
+            help="show progress even where standard error is no terminal "
+            "(then as qemu-img does, on standard output)",
+        )
     parser.add_argument(
         "--progress",
         choices=("bar", "json", "none"),

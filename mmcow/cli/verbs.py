@@ -44,6 +44,7 @@ VERBS: dict[str, Verb] = {
     "rebase": Verb("rebase", "change the names and formats that an image records"),
     "serve": Verb("serve", "offer disks over NBD to virtual machines and tools"),
     "ctl": Verb("ctl", "command a server that runs: status, stream, snapshot, resize"),
+    "bench": Verb("bench", "measure how fast disks read and write"),
     "io": Verb("io", "read, write and look at a disk by commands"),
 }
 

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: MIT
+"""Requests for measuring: which ones, and keeping a number of them in flight.
+
+Owns: ``Load`` (what is asked for), ``Requests`` (which request comes n-th), ``PythonLoad`` (the
+loop over the engine).
+Never: opens images, reports, draws conclusions (``jobs.bench``).
+
+``PythonLoad`` is what runs where the engine has no path, and what the helper's load (csrc/load.c,
+``jobs.helper_load``) is compared with in tests: both do the same requests in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+from mmcow.errors import UsageError
+from mmcow.jobs.latency import Histogram
+from mmcow.native import aligned
+from mmcow.tasks import Completion
+
+if TYPE_CHECKING:
+    from mmcow.image import Image
+
+DEPTH_MOST = 4096
+BLOCK_MOST = 1 << 30
+SECONDS_MOST = 1e7
+# Of all buffers together.
+MEMORY_MOST = 1 << 30
+
+_64_BITS = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def draw(seed: int, number: int) -> int:
+    """The ``number``-th value of a seed's sequence, 64 bits (splitmix64: any may be asked for)."""
+    value = (seed + (number + 1) * _GOLDEN) & _64_BITS
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _64_BITS
+    return value ^ (value >> 31)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What to do to a disk. Sizes are bytes.
+
+    Ends after ``count`` requests, or ``seconds``, whichever comes first; one must be given.
+    ``read_percent`` of the requests are reads, the others write ``pattern``. In order with
+    ``step`` between their starts (None: ``block``, one after the other), or ``random``: any
+    multiple of ``block`` from ``start`` on. In order they begin again at ``start`` where the next
+    would not fit. ``length`` None: up to the disk's end. After every ``flush_every`` writes comes
+    a flush (0: none), for which ``drain`` lets the requests in flight end first.
+
+    ``threads``: the range is cut into as many parts, each with ``depth`` requests in flight.
+    """
+
+    block: int = 4096
+    depth: int = 64
+    count: int | None = None
+    seconds: float | None = None
+    read_percent: int = 100
+    random: bool = False
+    step: int | None = None
+    start: int = 0
+    length: int | None = None
+    seed: int = 0
+    pattern: int = 0
+    flush_every: int = 0
+    drain: bool = True
+    threads: int = 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether anything is written."""
+        return self.read_percent < 100
+
+    @property
+    def order(self) -> str:
+        """In a word."""
+        if self.random:
+            return "random"
+        return "strided" if self.step not in (None, 0, self.block) else "sequential"
+
+    def check(self) -> None:
+        """Raise UsageError for what makes no sense, whatever the disk."""
+        _check_number("buffer size", self.block, 1, BLOCK_MOST)
+        _check_number("depth", self.depth, 1, DEPTH_MOST)
+        _check_number("threads", self.threads, 1, 256)
+        _check_number("percentage of reads", self.read_percent, 0, 100)
+        _check_number("pattern", self.pattern, 0, 255)
+        _check_number("offset", self.start, 0)
+        _check_number("step size", self.step or 0, 0)
+        _check_number("flush interval", self.flush_every, 0)
+        if self.count is None and self.seconds is None:
+            raise UsageError("neither a count nor a time is given")
+        if self.count is not None:
+            _check_number("count", self.count, 1, 1 << 53)
+        if self.seconds is not None and not 0 < self.seconds <= SECONDS_MOST:
+            raise UsageError(
+                f"time {self.seconds}: must be more than 0 and at most {SECONDS_MOST:.0f} seconds"
+            )
+        if self.random and self.step:
+            raise UsageError("random requests have no step size")
+        if self.flush_every and not self.writes:
+            raise UsageError("a flush interval needs writes")
+        if 0 < self.flush_every < self.depth:
+            raise UsageError(
+                f"flush interval {self.flush_every}: must not be smaller than the depth, "
+                f"{self.depth}"
+            )
+        if self.block * self.depth * self.threads > MEMORY_MOST:
+            raise UsageError(
+                f"{self.depth * self.threads} buffers of {self.block} bytes are more memory than "
+                f"{MEMORY_MOST} bytes"
+            )
+
+    def parts(self, size: int, name: str, run: int = 0) -> list[Load]:
+        """What each thread does in run number ``run`` on a disk of ``size`` bytes."""
+        length = size - self.start if self.length is None else self.length
+        if self.start > size or length > size - self.start:
+            raise UsageError(
+                f"{name}: range {self.start}+{length} is not inside the disk of {size} bytes"
+            )
+        share = length // self.threads // self.block * self.block if self.threads > 1 else length
+        if share < self.block:
+            raise UsageError(
+                f"{name}: {length} bytes from {self.start} have no room for {self.threads} x "
+                f"{self.block} bytes"
+            )
+        return [self._part(number, share, run) for number in range(self.threads)]
+
+    def _part(self, number: int, share: int, run: int) -> Load:
+        count = self.count
+        if count is not None:
+            count = count * (number + 1) // self.threads - count * number // self.threads
+        return replace(
+            self,
+            start=self.start + number * share,
+            length=share,
+            count=count,
+            # Every run draws anew: one that repeats the last meets what that left in caches.
+            seed=draw(draw(self.seed & _64_BITS, run), number),
+            threads=1,
+        )
+
+
+def _check_number(what: str, value: int, least: int, most: int | None = None) -> None:
+    if value < least or (most is not None and value > most):
+        upto = f"and at most {most}" if most is not None else ""
+        raise UsageError(f"{what} {value}: must be at least {least} {upto}".rstrip())
+
+
+class Requests:
+    """Which request comes n-th in one part of a load."""
+
+    def __init__(self, part: Load) -> None:
+        assert part.length is not None
+        self.start = part.start
+        self.block = part.block
+        self.step = part.block if part.random else part.step or part.block
+        # How many different ones there are.
+        self.places = (part.length - part.block) // self.step + 1
+        self.read_percent = part.read_percent
+        self._random = part.random
+        self._seed = part.seed
+
+    def offset(self, number: int) -> int:
+        """Of the disk."""
+        if self._random:
+            place = draw(self._seed, 2 * number) * self.places >> 64
+        else:
+            place = number % self.places
+        return self.start + place * self.step
+
+    def is_read(self, number: int) -> bool:
+        """Whether it reads."""
+        if self.read_percent in (0, 100):
+            return self.read_percent == 100
+        return draw(self._seed, 2 * number + 1) * 100 >> 64 < self.read_percent
+
+
+class Times:
+    """What a load has measured so far. ``by_python``: requests that took the long way, through
+    the engine; times from ``perf_counter_ns``."""
+
+    def __init__(self) -> None:
+        self.reads = Histogram()
+        self.writes = Histogram()
+        self.flushes = Histogram()
+        self.by_python = 0
+        self.began = 0
+        self.ended = 0
+
+
+class PythonLoad:
+    """One part of a load, driven over the engine from one thread."""
+
+    # How long ``run`` goes on before it returns, in seconds.
+    SLICE = 0.05
+
+    def __init__(self, image: Image, part: Load) -> None:
+        assert part.length is not None
+        self.times = Times()
+        self.done = 0
+        self.error: Exception | None = None
+        self._engine = image.engine
+        self._reactor = image.reactor
+        self._part = part
+        self._requests = Requests(part)
+        self._issued = 0
+        self._writes_to_flush = part.flush_every
+        self._flush_due = False
+        self._in_flight = 0  # flushes included
+        self._stopping = False
+        self._wake: Completion[Any] = Completion()
+        self._deadline = 0
+        pattern = bytes([part.pattern])
+        self._free = [aligned(part.block) for _ in range(part.depth)]
+        if part.writes and part.pattern:
+            for buffer in self._free:
+                buffer[:] = pattern * part.block
+
+    def stop(self) -> None:
+        """Begin no more requests; ``run`` ends when those in flight have."""
+        self._stopping = True
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def run(self) -> bool:
+        """Go on for a while; True when everything is done. Raises what a request failed with."""
+        now = perf_counter_ns()
+        if not self.times.began:
+            self.times.began = now
+            if self._part.seconds is not None:
+                self._deadline = now + int(self._part.seconds * 1e9)
+        until = now + int(self.SLICE * 1e9)
+        with self._reactor.lock:
+            self._reactor.check()
+            while True:
+                self._begin_some(until)
+                if not self._in_flight and self._is_over():
+                    break
+                if perf_counter_ns() >= until:
+                    return False
+                if self._in_flight:
+                    self._wake = Completion()
+                    self._reactor.wait(self._wake)
+        if not self.times.ended:
+            self.times.ended = perf_counter_ns()
+        if self.error is not None:
+            raise self.error
+        return True
+
+    def _is_over(self) -> bool:
+        if not self._stopping and self._deadline and perf_counter_ns() >= self._deadline:
+            self._stopping = True
+        if self._stopping:
+            return True
+        return self._issued == self._part.count and not self._flush_due
+
+    def _begin_some(self, until: int) -> None:
+        """Fill the depth, up to the next flush or the end of the slice."""
+        while not self._is_over() and self.error is None:
+            if self._flush_due:
+                if self._part.drain and self._in_flight:
+                    return
+                self._begin_flush()
+                if self._part.drain:
+                    return
+            elif self._issued == self._part.count or not self._free:
+                return
+            else:
+                self._begin_one(self._free.pop())
+            if perf_counter_ns() >= until:
+                return
+
+    def _begin_one(self, buffer: memoryview) -> None:
+        offset = self._requests.offset(self._issued)
+        is_read = self._requests.is_read(self._issued)
+        self._issued += 1
+        times = self.times.reads if is_read else self.times.writes
+        begin = perf_counter_ns()
+        self._in_flight += 1
+        self.times.by_python += 1
+        try:
+            completion = (self._engine.read if is_read else self._engine.write)(offset, buffer)
+        except Exception as error:  # noqa: BLE001 - raised by ``run`` when the others are over
+            self._ended(buffer, None, error)
+            return
+        completion.on_done(partial(self._request_ended, buffer, times, begin))
+        if not is_read and self._part.flush_every:
+            self._writes_to_flush -= 1
+            if self._writes_to_flush == 0:
+                self._writes_to_flush = self._part.flush_every
+                self._flush_due = True
+
+    def _request_ended(
+        self, buffer: memoryview, times: Histogram, begin: int, completion: Completion[int]
+    ) -> None:
+        if completion.error is None:
+            times.add(perf_counter_ns() - begin)
+            self.done += 1
+        self._ended(buffer, completion, completion.error)
+
+    def _begin_flush(self) -> None:
+        self._flush_due = False
+        self._in_flight += 1
+        begin = perf_counter_ns()
+        task = self._reactor.spawn(self._engine.flush())
+        task.on_done(partial(self._flush_ended, begin))
+
+    def _flush_ended(self, begin: int, completion: Completion[Any]) -> None:
+        if completion.error is None:
+            self.times.flushes.add(perf_counter_ns() - begin)
+        self._ended(None, completion, completion.error)
+
+    def _ended(
+        self,
+        buffer: memoryview | None,
+        completion: Completion[Any] | None,
+        error: BaseException | None,
+    ) -> None:
+        self._in_flight -= 1
+        if buffer is not None:
+            self._free.append(buffer)
+        if error is not None:
+            self._stopping = True
+            if self.error is None:
+                if not isinstance(error, Exception):
+                    raise error
+                self.error = error
+        if not self._wake.done:
+            self._wake.set(None)
