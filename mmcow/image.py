@@ -27,6 +27,7 @@ from mmcow.ranges import SECTOR, SIZE_MOST, align_up
 from mmcow.storage.file import Cache
 from mmcow.storage.linux import LinuxHost
 from mmcow.storage.names import exists
+from mmcow.storage.path import READ, WRITE
 from mmcow.tasks import Reactor
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ class Image:
         self.engine = Engine(opener.reactor, drivers, writable=write, name=path)
         if write and layers[0].probed and layers[0].format == "raw":
             self.engine.first_sector_guard = _other_format
+        self.engine.hits.refresh()
+        self._hit = self.engine.hits.transfer
 
     # ---- facts ----
 
@@ -159,7 +162,8 @@ class Image:
         self._check()
         self.engine.check_range(offset, length)  # before a buffer of that size is made
         buffer = aligned(length)
-        self._perform(lambda: self.engine.read(offset, buffer))
+        if not self._hit(READ, offset, buffer):
+            self._perform(lambda: self.engine.read(offset, buffer))
         return bytes(buffer)
 
     def readinto(self, offset: int, buffer: bytearray | memoryview) -> int:
@@ -169,14 +173,18 @@ class Image:
         """
         offset = index(offset)
         view = writable(self.path, buffer)
-        self._perform(lambda: self.engine.read(offset, view))
+        if not self._hit(READ, offset, view):
+            self._perform(lambda: self.engine.read(offset, view))
         return len(view)
 
     def write(self, offset: int, data: Buffer) -> int:
         """Write all of ``data`` at ``offset``; returns its length."""
         offset = index(offset)
         view = flat(data)
-        self._perform(lambda: self.engine.write(offset, view))
+        if not self._hit(WRITE, offset, view):
+            self._perform(lambda: self.engine.write(offset, view))
+        elif self.engine.hits.wants_relief():
+            self._perform(lambda: self.reactor.spawn(self.engine.relieve()))
         return len(view)
 
     def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
@@ -290,6 +298,7 @@ class Image:
         """Give everything back; no request may be wanted any more."""
         self._closed = True
         self.reactor.quiesce()
+        self.engine.hits.shut()
         try:
             self._opener.queue.close()  # waits for what the kernel still holds
             self.reactor.abandon_tasks()

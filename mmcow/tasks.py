@@ -13,6 +13,7 @@ Never: does I/O itself, knows files or images, starts threads.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from itertools import starmap
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 __all__ = ["Completion", "Interrupted", "Reactor", "Task", "TurnQueue", "completed"]
 
 T = TypeVar("T")
+
+_PAUSE_SECONDS = 0.001
+
+
+def _pause() -> None:
+    time.sleep(_PAUSE_SECONDS)
+
 
 # Arguments of one call without any, for ``starmap``.
 _ONE_CALL: tuple[tuple[()]] = ((),)
@@ -136,6 +144,9 @@ class Task(Completion[T]):
 class TurnQueue(Protocol):
     """What a reactor needs of an I/O queue."""
 
+    def path(self) -> Any:
+        """A new path (``storage.host``), for requests that need no reactor; None without."""
+
     @property
     def busy(self) -> bool:
         """True while requests are pending or in flight."""
@@ -174,6 +185,7 @@ class Reactor:
         # been lost on its way, so nothing may be waited for any more.
         self.interrupted: BaseException | None = None
         self.lock = threading.RLock()
+        self._watches: list[tuple[Callable[[], bool], Completion[None]]] = []
         self._sleepers: list[threading.Lock] = []
         self._has_leader = False
         self._followers = 0
@@ -184,6 +196,14 @@ class Reactor:
         task = Task(self, coroutine)
         task.step()
         return task
+
+    def watch(self, is_so: Callable[[], bool]) -> Completion[None]:
+        """A completion for something that comes true when requests which are not this reactor's own
+        complete: looked at after each turn. Lock held."""
+        completion: Completion[None] = Completion()
+        self._watches.append((is_so, completion))
+        self._look()
+        return completion
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine to its end from this thread and return its result.
@@ -301,6 +321,12 @@ class Reactor:
     def _lead(self, completion: Completion[Any]) -> None:
         while not completion.done:
             self.check()
+            if self._watches and not self.ready and not self.queue.busy:
+                # Another thread is in the middle of a transfer that needs no queue.
+                self._without_lock(_pause)
+                self._look()
+                self._drain()
+                continue
             if not self.ready and not self.queue.busy:
                 raise RuntimeError("deadlock: a task waits for something nobody will deliver")
             self._turn(wait=not self.ready)
@@ -318,6 +344,17 @@ class Reactor:
         finished = self._turn_unlocked() if wait else self.queue.turn(False)
         if finished:
             self.queue.deliver(finished)
+        if self._watches:
+            self._look()
+
+    def _look(self) -> None:
+        watches, self._watches = self._watches, []
+        for watch in watches:
+            is_so, completion = watch
+            if is_so():
+                completion.set(None)
+            else:
+                self._watches.append(watch)
 
     def _turn_unlocked(self) -> list[tuple[Completion[Any], int]]:
         return self._without_lock(lambda: self.queue.turn(True))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from mmcow.engine.flush import Flusher
 from mmcow.engine.gate import Claims, Gate
+from mmcow.engine.hits import Hits
 from mmcow.engine.lookup import Lookup, Segment
 from mmcow.errors import ReadOnlyError, SyncFailed, UsageError
 from mmcow.formats.driver import Driver, Extent, Kind, Reservation
@@ -59,12 +60,14 @@ class Engine:
         self.top = layers[0]
         self.writable = writable
         self.name = name
-        self.gate = Gate()
-        self.flusher = Flusher(reactor, self.top)
+        # Of no use before ``hits.refresh`` was called once.
+        self.hits = Hits(self)
+        self.gate = Gate(self.hits)
+        self.flusher = Flusher(reactor, self.top, self.hits)
         # Set by the opener where nobody vouched for "raw": see _guard_first_sector.
         self.first_sector_guard: Callable[[bytes], str | None] | None = None
         self.lookup = Lookup(layers)
-        self._claims = Claims()
+        self._claims = Claims(self.hits)
 
     @property
     def size(self) -> int:
@@ -297,6 +300,12 @@ class Engine:
         window = self.top.window
         if window is not None and self.flusher.idle and window.dirty() > STAGED_MOST:
             self.reactor.spawn(self._flush_quietly())
+
+    async def relieve(self) -> None:
+        """Write staged metadata out where there is much of it: hits leave that to others."""
+        window = self.top.window
+        if window is not None and window.dirty() > STAGED_MOST:
+            await self._flush_quietly()
 
     async def _flush_quietly(self) -> None:
         try:
@@ -536,7 +545,7 @@ class Engine:
         assert self.gate.closed
         self.layers.insert(0, driver)
         self.top = driver
-        self.flusher = Flusher(self.reactor, driver)
+        self.flusher = Flusher(self.reactor, driver, self.hits)
         self.first_sector_guard = None
 
     async def drop_backing(self) -> None:

@@ -20,6 +20,7 @@ from mmcow.errors import CorruptError, LayerFailed, StorageError, SyncFailed
 from mmcow.tasks import Completion, Reactor
 
 if TYPE_CHECKING:
+    from mmcow.engine.hits import Hits
     from mmcow.formats.driver import Driver, Staged
 
 
@@ -31,7 +32,8 @@ RELEASE_AFTER = 2 << 20
 class Flusher:
     """Flushes one layer."""
 
-    def __init__(self, reactor: Reactor, driver: Driver) -> None:
+    def __init__(self, reactor: Reactor, driver: Driver, hits: Hits) -> None:
+        self._hits = hits
         self._reactor = reactor
         self._driver = driver
         self._running: Completion[None] | None = None
@@ -50,6 +52,7 @@ class Flusher:
         """Refuse every later change and flush: what is on the disk is no longer known."""
         if self.failure is None:
             self.failure = cause
+            self._hits.fail()
 
     @property
     def idle(self) -> bool:

@@ -41,6 +41,7 @@ from mmcow.formats.driver import (
     LayerInfo,
     Reservation,
     Staged,
+    Table,
 )
 from mmcow.formats.opening import Access, CreateRequest, Format, Inspection, Opener, resolve
 from mmcow.ranges import SECTOR, align_down, align_up
@@ -140,6 +141,13 @@ class AddCowDriver(Driver):
                 extents.append(Extent(offset, stop - offset, Kind.BELOW, -1))
             offset = stop
         return extents
+
+    def table(self) -> Table | None:
+        """The bitmap, or every byte with the all-allocated flag."""
+        if self._complete:
+            return Table(None, 0, 0, 0)
+        view = self.window.native_view
+        return None if view is None else Table(view, self._bitmap, self._shift, 0)
 
     def reserve(self, offset: int, length: int) -> Reservation:
         """The place is the cluster's own: nothing to find, nothing to remember."""

@@ -41,6 +41,7 @@ from mmcow.formats.driver import (
     LayerInfo,
     Reservation,
     Staged,
+    Table,
 )
 from mmcow.formats.opening import (
     Access,
@@ -238,6 +239,13 @@ class CowDriver(Driver):
         return self.window.bits_count(self._bitmap, first, end - first) if first < end else 0
 
     # ---- allocation: every cluster has its place, only the bits change ----
+
+    def table(self) -> Table | None:
+        """The bitmap, where it has a bit for every sector."""
+        cluster, view = self._cluster, self.window.native_view
+        if view is None or cluster & (cluster - 1) or self._bits * cluster < self.info.size:
+            return None
+        return Table(view, self._bitmap, cluster.bit_length() - 1, self._start)
 
     def reserve(self, offset: int, length: int) -> Reservation:
         """See ``Driver.reserve``."""

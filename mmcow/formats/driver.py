@@ -62,6 +62,17 @@ class LayerInfo(NamedTuple):
     one_file: bool  # metadata and data share a file
 
 
+class Table(NamedTuple):
+    """How C finds this layer's bytes: one bit per cluster of ``1 << shift`` bytes, from byte
+    ``bits`` of ``view`` on, least significant first; every byte where ``view`` is None. A byte of
+    the disk is at that offset plus ``start`` in the data file."""
+
+    view: Any
+    bits: int
+    shift: int
+    start: int
+
+
 class Reservation(NamedTuple):
     """Room for new bytes: promised to one writer, visible to nobody.
 
@@ -122,6 +133,13 @@ class Driver(ABC):
         there). Adjacent extents differ in kind or are not adjacent in the data file.
         The range lies inside the disk rounded up to a cluster.
         """
+
+    def table(self) -> Table | None:
+        """The same answers as ``map`` gives, as a table; None where they do not fit in one.
+
+        Valid until the layer is resized, closed or stops depending on its base.
+        """
+        return None
 
     @abstractmethod
     def reserve(self, offset: int, length: int) -> Reservation:

@@ -18,7 +18,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mmcow.errors import ClosedError
-from mmcow.formats.driver import CheckResult, Driver, Extent, Kind, LayerInfo, Reservation, Staged
+from mmcow.formats.driver import (
+    CheckResult,
+    Driver,
+    Extent,
+    Kind,
+    LayerInfo,
+    Reservation,
+    Staged,
+    Table,
+)
 from mmcow.ranges import SECTOR, align_up, overlaps, units_for
 
 if TYPE_CHECKING:
@@ -73,6 +82,13 @@ class Guard(Driver):
         return backing
 
     # ---- lookups and changes ----
+
+    def table(self) -> Table | None:
+        """The driver's; clusters are powers of two there."""
+        table = self.inner.table()
+        if table is not None and table.view is not None:
+            assert 1 << table.shift == self.inner.info.cluster_size, "table of other clusters"
+        return table
 
     def map(self, offset: int, length: int) -> list[Extent]:
         """Check the range on the way down, the extents on the way up."""

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from mmcow.errors import UsageError
 from mmcow.formats import registry
-from mmcow.formats.driver import CheckResult, Driver, Extent, Kind, LayerInfo, Reservation, Staged
+from mmcow.formats.driver import (
+    CheckResult,
+    Driver,
+    Extent,
+    Kind,
+    LayerInfo,
+    Reservation,
+    Staged,
+    Table,
+)
 from mmcow.formats.opening import Access, CreateRequest, Format, Inspection, Opener, Option
 from mmcow.ranges import SECTOR, align_up, units_for
 from mmcow.storage import names
@@ -60,6 +69,10 @@ class RawDriver(Driver):
     def map(self, offset: int, length: int) -> list[Extent]:
         """One DATA extent at identity offset."""
         return [Extent(offset, length, Kind.DATA, offset)]
+
+    def table(self) -> Table:
+        """Every byte at its own place."""
+        return Table(None, 0, 0, 0)
 
     def reserve(self, offset: int, length: int) -> Reservation:
         """Never called: ``info.can_allocate`` is False."""

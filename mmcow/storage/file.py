@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import errno
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mmcow import native
 from mmcow.errors import StorageError, SyncFailed, UsageError
@@ -70,12 +70,27 @@ class Cache(Enum):
         return self in (Cache.DIRECTSYNC, Cache.WRITETHROUGH)
 
 
+class Outside(Protocol):
+    """Who else writes to the file, past this module (``engine.hits``). Offsets are the file's."""
+
+    def hold_host(self, start: int, end: int) -> int:
+        """Keep those writes out of a range, until ``release``."""
+
+    async def drained_host(self, start: int, end: int) -> None:
+        """Wait for those in flight in a held range."""
+
+    def release(self, hold: int) -> None: ...
+    def take_written(self) -> bool:
+        """Whether there were some since the last call, or are some in flight."""
+
+
 class _Exclusive:
     """A range under read-modify-write."""
 
-    __slots__ = ("end", "released", "start")
+    __slots__ = ("end", "hold", "released", "start")
 
     def __init__(self, start: int, end: int) -> None:
+        self.hold: int | None = None
         self.start = start
         self.end = end
         self.released: Completion[None] = Completion()
@@ -103,6 +118,7 @@ class File:
         self._buffered: Handle | None = None if handle.direct else handle
         self._can_punch = True
         self._can_zero_range = True
+        self._hits: Outside | None = None
         self.sync_failure: SyncFailed | None = None
         self.unsynced = True  # a crash before this opening may have left unsynced writes
 
@@ -340,9 +356,12 @@ class File:
             failed: Completion[int] = Completion()
             failed.fail(self.sync_failure)
             return failed
+        if self._hits is not None and self._hits.take_written():
+            self.unsynced = True
         if not self.unsynced or self.cache is Cache.UNSAFE:
             return completed(0)
         # A write still in flight may land behind this sync: the next one must not be skipped.
+        # (Of hits ``take_written`` knows that.)
         self.unsynced = bool(self._queue.changes_in_flight(self.handle, 0, 1 << 63))
         return self._queue.datasync(self.handle)
 
@@ -373,6 +392,18 @@ class File:
         if self._buffered is not None and self._buffered is not self.handle:
             self._buffered.close()
         self.handle.close()
+
+    # ---- writes past this object ----
+
+    def follow(self, hits: Outside | None) -> None:
+        """Know of writes that do not come through here; None: there are none any more."""
+        if self._hits is not None and hits is None and self._hits.take_written():
+            self.unsynced = True
+        self._hits = hits
+
+    def plain_ends(self) -> tuple[int, int]:
+        """Up to where an aligned read, and a write, needs nothing but a transfer."""
+        return min(self._direct_end(), self.size), min(self._write_end(), self.size)
 
     # ---- alignment and exclusion ----
 
@@ -414,9 +445,13 @@ class File:
         mine = _Exclusive(start, end)
         earlier = [h for h in self._exclusive if overlaps(start, end, h.start, h.end)]
         self._exclusive.append(mine)
+        if self._hits is not None:
+            mine.hold = self._hits.hold_host(start, end)
         for held in earlier:
             await held.released
         await self._drain_writes(start, end)
+        if self._hits is not None:
+            await self._hits.drained_host(start, end)
         return mine
 
     async def _drain_writes(self, start: int, end: int) -> None:
@@ -429,6 +464,8 @@ class File:
 
     def _release_exclusive(self, held: _Exclusive) -> None:
         self._exclusive.remove(held)
+        if self._hits is not None and held.hold is not None:
+            self._hits.release(held.hold)
         held.released.set(None)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mmcow.storage.path import NativePath
     from mmcow.tasks import Completion
 
 # What can be read from, and what can be written into: any contiguous buffer.
@@ -146,6 +147,9 @@ class IOQueue(Protocol):
 
     @property
     def busy(self) -> bool: ...
+    def path(self) -> NativePath | None:
+        """A new path, for requests that C finishes by itself; None where there are none."""
+
     def fileno(self) -> int:
         """Polls readable while completions wait."""
 

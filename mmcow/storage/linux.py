@@ -22,6 +22,7 @@ from mmcow.native import ffi, lib
 from mmcow.ranges import align_up
 from mmcow.storage import locks
 from mmcow.storage.host import Alignment, Buffer, Handle, Identity, Stat, View
+from mmcow.storage.path import NativePath
 from mmcow.tasks import Completion
 
 if TYPE_CHECKING:
@@ -193,6 +194,11 @@ class NativeView:
         self._run_values = memoryview(ffi.buffer(self._runs)).cast("B").cast("Q")
         self.mapped = lib.mmc_view_shared(pointer) != 0
 
+    @property
+    def pointer(self) -> Any:
+        """For tables that C reads."""
+        return self._view
+
     def size(self) -> int:
         return int(lib.mmc_view_size(self._view))
 
@@ -332,7 +338,8 @@ class NativeQueue:
     DEPTH = 256
     MOST_DONE = 256
 
-    def __init__(self, backend: str = "auto") -> None:
+    def __init__(self, backend: str = "auto", *, hits: bool = True) -> None:
+        self._hits = hits
         error = ffi.new("int *")
         pointer = lib.mmc_queue_open(BACKENDS[backend], self.DEPTH, error)
         if pointer == ffi.NULL:
@@ -348,7 +355,10 @@ class NativeQueue:
 
     @property
     def busy(self) -> bool:
-        return bool(self._in_flight)
+        return bool(self._in_flight) or lib.mmc_queue_busy(self._queue) > 0
+
+    def path(self) -> NativePath | None:
+        return NativePath(self._queue) if self._hits else None
 
     def fileno(self) -> int:
         return int(lib.mmc_queue_fd(self._queue))
@@ -421,7 +431,7 @@ class NativeQueue:
 
     def turn(self, wait: bool) -> list[tuple[Completion[Any], int]]:
         pending, count = self._take_pending()
-        if not count and not self._in_flight:
+        if not count and not self.busy:
             return []
         ops = ffi.from_buffer("struct mmc_op[]", pending) if count else ffi.NULL
         n = lib.mmc_queue_turn(
@@ -468,9 +478,11 @@ def _error_of(request: Any, number: int) -> StorageError:
 
 class LinuxHost:
     """This machine. ``backend``: "auto", "io_uring" or "threads"; by default what the environment
-    variable MMCOW_QUEUE says, else auto."""
+    variable MMCOW_QUEUE says, else auto. ``hits`` False (MMCOW_HITS=off): C finishes no request by
+    itself."""
 
-    def __init__(self, backend: str | None = None) -> None:
+    def __init__(self, backend: str | None = None, *, hits: bool | None = None) -> None:
+        self.hits = os.environ.get("MMCOW_HITS", "on") != "off" if hits is None else hits
         self.backend = backend or os.environ.get("MMCOW_QUEUE", "auto")
         if self.backend not in BACKENDS:
             raise UsageError(f"I/O queue {self.backend!r}: must be one of {', '.join(BACKENDS)}")
@@ -590,7 +602,7 @@ class LinuxHost:
         return view
 
     def queue(self) -> NativeQueue:
-        return NativeQueue(self.backend)
+        return NativeQueue(self.backend, hits=self.hits)
 
 
 def _fill(view: NativeView, handle: Handle, size: int) -> None:

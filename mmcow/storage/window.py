@@ -18,7 +18,7 @@ full disk is then an errno and not a SIGBUS. One barrier per group.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmcow.errors import CorruptError, StorageError, SyncFailed
 from mmcow.ranges import align_down, align_up
@@ -72,6 +72,11 @@ class Window:
         # Address space is free, remapping is not: set room for growth aside.
         reserve = align_up(size + min(max(size * 15, 1 << 20), RESERVE_MOST), 4096)
         return self._host.view(self._handle, size, reserve, self._unit, mapped=True)
+
+    @property
+    def native_view(self) -> Any:
+        """The C view, for tables that C reads; None where the host has none."""
+        return getattr(self._view, "pointer", None)
 
     # ---- lookups and changes: memory only ----
 

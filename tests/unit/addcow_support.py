@@ -7,6 +7,7 @@ import struct
 from random import Random
 
 from mmcow.engine.flush import Flusher
+from mmcow.engine.hits import Hits
 from mmcow.formats.addcow import AddCowFormat
 from mmcow.formats.driver import Kind
 from mmcow.formats.guard import Guard
@@ -64,7 +65,7 @@ class Rig:
         return self.reactor.run(coroutine)
 
     def flush(self, driver):
-        self.run(Flusher(self.reactor, driver).flush())
+        self.run(Flusher(self.reactor, driver, Hits()).flush())
 
     def fill(self, driver, offset, data):
         """What the engine does for whole clusters: reserve, write, publish."""

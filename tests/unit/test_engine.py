@@ -14,6 +14,7 @@ from mmcow import LayerFailed, StorageError, SyncFailed, UsageError
 from mmcow.engine import engine as engine_module
 from mmcow.engine import flush as flush_module
 from mmcow.engine.gate import Claims, Gate
+from mmcow.engine.hits import Hits
 from mmcow.errors import MmcowError
 from mmcow.formats.driver import Kind
 from mmcow.storage.window import Window
@@ -597,7 +598,7 @@ class IdleQueue:
 
 
 def test_claims_that_overlap_are_served_in_order():
-    reactor, claims, order = Reactor(IdleQueue()), Claims(), []
+    reactor, claims, order = Reactor(IdleQueue()), Claims(Hits()), []
 
     async def take(name, start, end):
         claim = await claims.take(start, end)
@@ -620,7 +621,7 @@ def test_claims_that_overlap_are_served_in_order():
 
 
 def test_gate_lets_one_in_alone_and_starves_nobody():
-    reactor, gate, order = Reactor(IdleQueue()), Gate(), []
+    reactor, gate, order = Reactor(IdleQueue()), Gate(Hits()), []
 
     async def enter(name):
         await gate.enter()
