@@ -86,7 +86,9 @@ class _Server:
             self._socket.connect(self._path)
         except OSError as error:
             self._socket.close()
-            raise StorageError(error.errno or 0, "connect", self._path) from error
+            if error.errno is None:  # Python's own: the path is too long
+                raise UsageError(f"{self._path}: {error}") from error
+            raise StorageError(error.errno, "connect", self._path) from error
         self._lines = self._socket.makefile("rb")
         self._read()
         return self

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import shutil
 import signal
@@ -87,6 +88,11 @@ def run_serve(arguments: argparse.Namespace, ui: Ui) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     if not (arguments.socket or arguments.bind or arguments.command or _given_sockets_count()):
         raise UsageError("serve: say where to listen: --socket, --bind, or -- COMMAND {uri}")
+    idle = arguments.exit_when_idle
+    if idle is not None and not 0 <= idle < math.inf:
+        raise UsageError(f"serve: --exit-when-idle {idle}: must be a number of seconds")
+    if arguments.max_connections < 1:
+        raise UsageError(f"serve: --max-connections {arguments.max_connections}: must be 1 or more")
     names = arguments.export_name
     if names and len(names) != len(arguments.images):
         raise UsageError(f"serve: {len(names)} export names for {len(arguments.images)} images")
@@ -174,7 +180,7 @@ async def _listen(
         uris.append(await server.listen_unix(arguments.socket))
     if arguments.bind:
         host, colon, port = arguments.bind.rpartition(":")
-        if not colon or not port.isdigit():
+        if not colon or not (port.isascii() and port.isdigit()):
             raise UsageError(f"serve: --bind {arguments.bind}: must be HOST:PORT")
         uris.append(await server.listen_tcp(host.strip("[]") or "localhost", int(port)))
     if arguments.command and not uris:
@@ -193,8 +199,19 @@ def _given_sockets_count() -> int:
 
 
 def _given_sockets() -> list[socket.socket]:
-    count = _given_sockets_count()
-    return [socket.socket(fileno=_FIRST_GIVEN + number) for number in range(count)]
+    given: list[socket.socket] = []
+    for descriptor in range(_FIRST_GIVEN, _FIRST_GIVEN + _given_sockets_count()):
+        try:
+            one = socket.socket(fileno=descriptor)
+            listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as error:
+            raise StorageError(
+                error.errno or 0, "LISTEN_FDS", f"descriptor {descriptor}"
+            ) from error
+        given.append(one)
+        if not listens:
+            raise UsageError(f"serve: LISTEN_FDS: descriptor {descriptor} does not listen")
+    return given
 
 
 def _tell_ready(uris: list[str], ui: Ui, *, quiet: bool) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 CONNECTIONS_MOST = 1024
 BACKLOG = 128
+PORT_MOST = 65535
 PARTING_SECONDS = 5.0
 # Descriptors left for images, listeners and the program around.
 DESCRIPTORS_KEPT = 128
@@ -86,7 +87,7 @@ class Server:
         try:
             listener = await self.loop.create_unix_server(self._connect, path, backlog=BACKLOG)
         except OSError as error:
-            raise StorageError(error.errno or 0, "listen", path) from error
+            raise _unlistenable(error, path) from error
         self._listeners.append(listener)
         self._paths.append(_lasting_name(path))
         scheme = "nbd+unix" if self.tls is None else "nbds+unix"
@@ -94,10 +95,12 @@ class Server:
 
     async def listen_tcp(self, host: str, port: int) -> str:
         """Listen on a TCP port (0: any free one). Returns an NBD URI."""
+        if not 0 <= port <= PORT_MOST:  # the resolver would take it modulo 65536
+            raise UsageError(f"{host}:{port}: a port is a number from 0 to {PORT_MOST}")
         try:
             listener = await self.loop.create_server(self._connect, host, port, backlog=BACKLOG)
-        except OSError as error:
-            raise StorageError(error.errno or 0, "listen", f"{host}:{port}") from error
+        except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+            raise _unlistenable(error, f"{host}:{port}") from error
         self._listeners.append(listener)
         bound = listener.sockets[0].getsockname()
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
@@ -121,7 +124,7 @@ class Server:
         try:
             return await asyncio.start_unix_server(serve, path, limit=limit)
         except OSError as error:
-            raise StorageError(error.errno or 0, "listen", path) from error
+            raise _unlistenable(error, path) from error
 
     def _default_name(self) -> str:
         return quote(next(iter(self.exports)), safe="") if len(self.exports) == 1 else ""
@@ -273,6 +276,14 @@ def _affordable(connections: int) -> int:
 def _lasting_name(path: str) -> tuple[str, int]:
     """A socket's name and inode; the program around may change its working directory."""
     return os.path.abspath(path), os.stat(path).st_ino
+
+
+def _unlistenable(error: OSError | UnicodeError, where: str) -> UsageError | StorageError:
+    """Python's and the resolver's own refusals (a path that is too long, a name that does not
+    resolve) are no errno of the system."""
+    if isinstance(error, OSError) and error.errno and not isinstance(error, sockets.gaierror):
+        return StorageError(error.errno, "listen", where)
+    return UsageError(f"{where}: cannot listen there: {error}")
 
 
 def _remove_stale(path: str) -> None:

@@ -143,6 +143,10 @@ def test_control_verbs(disk):
         ctl("quit")
         assert server.end()[0] == 0
     assert "ctl.sock" in ctl("status", status=1)
+    long = subprocess.run(
+        [*MMCOW, "ctl", "c" * 120, "status"], capture_output=True, text=True, check=False
+    )
+    assert long.returncode == 1 and "too long" in long.stderr
     assert subprocess.run([*MMCOW, "detach", "vm.acow"], check=False).returncode == 0
 
 
@@ -230,13 +234,39 @@ def test_socket_activation_and_ready_notification(disk, tmp_path):
             process.communicate()
 
 
+def test_descriptors_that_are_no_listening_sockets_are_told(disk):
+    script = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); "
+        "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); "
+        "os.execv(sys.executable, [sys.executable, '-m', 'mmcow', 'serve', 'vm.acow'])"
+    )
+    with socket.socket(socket.AF_UNIX) as deaf, open("base.raw", "rb") as file:
+        for given, text in ((deaf, "does not listen"), (file, "non-socket")):
+            ended = subprocess.run(
+                [sys.executable, "-c", script, str(given.fileno())], pass_fds=[given.fileno()],
+                capture_output=True, text=True, timeout=30, check=False,
+            )  # fmt: skip
+            assert ended.returncode == 1, ended.stderr
+            assert "LISTEN_FDS" in ended.stderr and "descriptor 3" in ended.stderr
+            assert text in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["vm.acow"], "say where to listen"),
         (["--socket", "s", "nosuch"], "nosuch"),
         (["--socket", "/nosuch/dir/s", "vm.acow"], "/nosuch/dir/s"),
+        (["--socket", "s" * 120, "vm.acow"], "too long"),
+        (["--socket", "s", "--control", "c" * 120, "vm.acow"], "too long"),
         (["--bind", "nowhere", "vm.acow"], "HOST:PORT"),
+        (["--bind", "localhost:\u00b2", "vm.acow"], "HOST:PORT"),
+        (["--bind", "localhost:99999", "vm.acow"], "from 0 to 65535"),
+        (["--bind", "[::zz]:0", "vm.acow"], "::zz:0: cannot listen"),
+        (["--bind", "no..name:0", "vm.acow"], "no..name:0: cannot listen"),
+        (["--socket", "s", "--exit-when-idle", "nan", "vm.acow"], "--exit-when-idle nan"),
+        (["--socket", "s", "--exit-when-idle", "-1", "vm.acow"], "--exit-when-idle -1"),
+        (["--socket", "s", "--max-connections", "0", "vm.acow"], "--max-connections 0"),
         (["--socket", "s", "--export-name", "a", "vm.acow", "base.raw"], "export names"),
         (["--socket", "s", "-r", "vm.acow", "vm.acow"], "two exports"),
         (["--socket", "s", "--tls-verify-peer", "vm.acow"], "--tls-certs"),
