@@ -196,3 +196,85 @@ int mmc_path_take_written(struct mmc_path *path);
  * -errno; -EBADF in a forked child. code: MMC_READ or MMC_WRITE. */
 int64_t mmc_path_transfer(struct mmc_path *path, int code, uint64_t offset, void *address,
                           uint64_t length);
+
+/* ---- loads: requests for measuring -------------------------------------- */
+
+#define MMC_TIME_BITS 5 /* each power of two of ns in 1 << MMC_TIME_BITS buckets */
+#define MMC_TIME_BUCKETS 1920
+
+/* Times of requests in ns. A time t of n bits is counted in bucket (s << MMC_TIME_BITS) + (t >> s),
+ * where s is what n has more than MMC_TIME_BITS + 1. */
+struct mmc_times {
+    uint64_t count;
+    uint64_t total;
+    uint64_t least;
+    uint64_t most;
+    uint64_t buckets[MMC_TIME_BUCKETS];
+};
+
+/* The n-th request (from 0) is `block` bytes at start + step * place. The place is n modulo
+ * `places`, or for a random load draw(2 n) * places >> 64. With draw(2 n + 1) * 100 >> 64 below
+ * read_percent it is a read. draw(i): the i-th value of splitmix64 from `seed`. */
+struct mmc_load_plan {
+    uint64_t start;
+    uint64_t step;
+    uint64_t places;
+    uint64_t block;
+    uint64_t count; /* of requests; UINT64_MAX: until mmc_load_stop */
+    uint64_t seed;
+    uint64_t flush_every; /* writes; 0: never */
+    uint32_t depth;
+    uint32_t read_percent;
+    int32_t is_random;
+    int32_t pattern; /* the byte that is written */
+    int32_t drains;  /* before a flush nothing may be in flight */
+    int32_t reserved;
+};
+
+/* Why a load wants its caller. */
+#define MMC_LOAD_MISSED 1 /* there are misses to be done the long way */
+#define MMC_LOAD_FLUSH 2  /* a flush is due: nothing is begun until mmc_load_resume */
+#define MMC_LOAD_OVER 4   /* everything is done */
+
+/* A request that the path does not do. */
+struct mmc_miss {
+    uint64_t offset;
+    uint64_t address; /* of `block` bytes */
+    uint32_t slot;
+    int32_t code; /* MMC_READ or MMC_WRITE */
+};
+
+/* The request that stopped a load. */
+struct mmc_load_error {
+    uint64_t offset;
+    int32_t code;   /* MMC_READ or MMC_WRITE */
+    int32_t number; /* -errno; 0: there was none */
+};
+
+struct mmc_load;
+
+/* Keeps `depth` requests in flight over a path, which must outlive it. -EINVAL, -ENOMEM. */
+struct mmc_load *mmc_load_open(struct mmc_path *path, const struct mmc_load_plan *plan, int *error);
+/* With nothing in flight; else it is leaked. */
+void mmc_load_close(struct mmc_load *load);
+/* Goes on until the caller is wanted (MMC_LOAD_...), the slice is over, a holder of the path waits,
+ * a signal came (all 0) or completions of the queue's other requests were collected: `collected`
+ * of them, at most `max`, are in `done`. Other -errno if the queue cannot be turned. One thread
+ * at a time; several loads of one queue may run at once, each for short slices: a request may be
+ * collected by another's thread, which does not wake this one. */
+int mmc_load_run(struct mmc_load *load, int slice_ms, struct mmc_done *done, uint32_t max,
+                 uint32_t *collected);
+/* Takes misses out; each is to be ended by mmc_load_done. Returns how many. */
+uint32_t mmc_load_misses(struct mmc_load *load, struct mmc_miss *misses, uint32_t max);
+/* The miss in this slot has ended. A negative result stops the load. */
+void mmc_load_done(struct mmc_load *load, uint32_t slot, int64_t result);
+/* After MMC_LOAD_FLUSH: begin requests again. */
+void mmc_load_resume(struct mmc_load *load);
+/* Begin no more requests. From any thread. */
+void mmc_load_stop(struct mmc_load *load);
+/* More (1) or less (-1) of what the caller does for the load, a flush: it is not over before. */
+void mmc_load_busy(struct mmc_load *load, int change);
+/* How many requests were done without an error, and the first one that failed. */
+uint64_t mmc_load_finished(struct mmc_load *load, struct mmc_load_error *error);
+/* Of reads (MMC_READ) or writes. Changes while the load runs; valid until it is closed. */
+const struct mmc_times *mmc_load_times(struct mmc_load *load, int code);

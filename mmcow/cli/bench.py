@@ -30,7 +30,7 @@ from mmcow.cli.progress import meter
 from mmcow.cli.ui import CommandLineError
 from mmcow.jobs.bench import Side, measure
 from mmcow.jobs.load import SECONDS_MOST, Load
-from mmcow.storage.linux import LinuxHost
+from mmcow.storage.linux import LinuxHost, NativeQueue
 
 if TYPE_CHECKING:
     from mmcow.cli.ui import Ui
@@ -224,6 +224,8 @@ def _open(
     is_first: bool,
 ) -> list[Image]:
     """Once; for reading, once for each thread, so that each has a queue of its own."""
+    depth = load.depth * (load.threads if load.writes else 1)
+    host = LinuxHost(_QUEUES.get(arguments.aio), depth=max(depth, NativeQueue.DEPTH))
     images: list[Image] = []
     for _ in range(1 if load.writes else load.threads):
         images.append(
@@ -236,7 +238,7 @@ def _open(
                     cache=arguments.cache,
                     share=arguments.share,
                     backing_format=arguments.backing_format,
-                    host=LinuxHost(_QUEUES.get(arguments.aio)),
+                    host=host,
                     quiet=bool(images),
                 )
             )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import psutil
 
 from mmcow.errors import ReadOnlyError, UsageError
+from mmcow.jobs.helper_load import HelperLoad
 from mmcow.jobs.latency import Histogram
 from mmcow.jobs.load import Load, PythonLoad, Times
 
@@ -187,9 +188,11 @@ class _Tracker:
             self._progress(self._before * self._load.block, self._before * self._load.block)
 
 
-def make_driver(image: Image, part: Load) -> Driver:
-    """The fastest one for this disk."""
-    return PythonLoad(image, part)
+def make_driver(image: Image, part: Load, *, shared: bool = False) -> Driver:
+    """The fastest one for this disk. ``shared``: other threads have theirs on the same image."""
+    if image.engine.hits.path is None:
+        return PythonLoad(image, part)
+    return HelperLoad(image, part, shared=shared)
 
 
 def _run(side: Side, load: Load, number: int, tracker: _Tracker) -> Run:
@@ -198,7 +201,8 @@ def _run(side: Side, load: Load, number: int, tracker: _Tracker) -> Run:
     process = psutil.Process()
     try:
         for index, part in enumerate(parts):
-            drivers.append(make_driver(side.images[index % len(side.images)], part))
+            image = side.images[index % len(side.images)]
+            drivers.append(make_driver(image, part, shared=len(side.images) < len(parts)))
         before = process.cpu_times()
         if len(drivers) == 1:
             _drive(drivers[0], tracker)

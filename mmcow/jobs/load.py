@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmcow.errors import UsageError
 from mmcow.jobs.latency import Histogram
@@ -194,6 +194,13 @@ class Times:
         self.ended = 0
 
 
+class _Slot(NamedTuple):
+    """Memory of one request in flight: what a read fills, what a write takes."""
+
+    buffer: memoryview
+    source: memoryview
+
+
 class PythonLoad:
     """One part of a load, driven over the engine from one thread."""
 
@@ -216,11 +223,17 @@ class PythonLoad:
         self._stopping = False
         self._wake: Completion[Any] = Completion()
         self._deadline = 0
-        pattern = bytes([part.pattern])
-        self._free = [aligned(part.block) for _ in range(part.depth)]
-        if part.writes and part.pattern:
-            for buffer in self._free:
-                buffer[:] = pattern * part.block
+        self._free = [self._make_slot() for _ in range(part.depth)]
+
+    def _make_slot(self) -> _Slot:
+        part = self._part
+        slot = _Slot(
+            aligned(part.block if part.read_percent else 0),
+            aligned(part.block if part.writes else 0),
+        )
+        if part.pattern:
+            slot.source[:] = bytes([part.pattern]) * len(slot.source)
+        return slot
 
     def stop(self) -> None:
         """Begin no more requests; ``run`` ends when those in flight have."""
@@ -277,7 +290,7 @@ class PythonLoad:
             if perf_counter_ns() >= until:
                 return
 
-    def _begin_one(self, buffer: memoryview) -> None:
+    def _begin_one(self, slot: _Slot) -> None:
         offset = self._requests.offset(self._issued)
         is_read = self._requests.is_read(self._issued)
         self._issued += 1
@@ -286,11 +299,14 @@ class PythonLoad:
         self._in_flight += 1
         self.times.by_python += 1
         try:
-            completion = (self._engine.read if is_read else self._engine.write)(offset, buffer)
+            if is_read:
+                completion = self._engine.read(offset, slot.buffer)
+            else:
+                completion = self._engine.write(offset, slot.source)
         except Exception as error:  # noqa: BLE001 - raised by ``run`` when the others are over
-            self._ended(buffer, None, error)
+            self._ended(slot, error)
             return
-        completion.on_done(partial(self._request_ended, buffer, times, begin))
+        completion.on_done(partial(self._request_ended, slot, times, begin))
         if not is_read and self._part.flush_every:
             self._writes_to_flush -= 1
             if self._writes_to_flush == 0:
@@ -298,12 +314,12 @@ class PythonLoad:
                 self._flush_due = True
 
     def _request_ended(
-        self, buffer: memoryview, times: Histogram, begin: int, completion: Completion[int]
+        self, slot: _Slot, times: Histogram, begin: int, completion: Completion[int]
     ) -> None:
         if completion.error is None:
             times.add(perf_counter_ns() - begin)
             self.done += 1
-        self._ended(buffer, completion, completion.error)
+        self._ended(slot, completion.error)
 
     def _begin_flush(self) -> None:
         self._flush_due = False
@@ -315,17 +331,12 @@ class PythonLoad:
     def _flush_ended(self, begin: int, completion: Completion[Any]) -> None:
         if completion.error is None:
             self.times.flushes.add(perf_counter_ns() - begin)
-        self._ended(None, completion, completion.error)
+        self._ended(None, completion.error)
 
-    def _ended(
-        self,
-        buffer: memoryview | None,
-        completion: Completion[Any] | None,
-        error: BaseException | None,
-    ) -> None:
+    def _ended(self, slot: _Slot | None, error: BaseException | None) -> None:
         self._in_flight -= 1
-        if buffer is not None:
-            self._free.append(buffer)
+        if slot is not None:
+            self._free.append(slot)
         if error is not None:
             self._stopping = True
             if self.error is None:

@@ -338,10 +338,10 @@ class NativeQueue:
     DEPTH = 256
     MOST_DONE = 256
 
-    def __init__(self, backend: str = "auto", *, hits: bool = True) -> None:
+    def __init__(self, backend: str = "auto", *, hits: bool = True, depth: int = DEPTH) -> None:
         self._hits = hits
         error = ffi.new("int *")
-        pointer = lib.mmc_queue_open(BACKENDS[backend], self.DEPTH, error)
+        pointer = lib.mmc_queue_open(BACKENDS[backend], depth, error)
         if pointer == ffi.NULL:
             raise StorageError(-error[0], f"start of the I/O queue ({backend})", "mmcow")
         self._queue: Any = pointer
@@ -441,8 +441,12 @@ class NativeQueue:
             return []  # the interpreter runs the signal's handler on the way back
         if n < 0:
             return self._refuse(pending, n)
+        return self.taken(self._done_bytes, n)
+
+    def taken(self, done: memoryview, count: int) -> list[tuple[Completion[Any], int]]:
+        """What belongs to the results (``struct mmc_done[]``) that a turn in C has collected."""
         in_flight = self._in_flight
-        done = self._done_bytes[: n * _DONE.size]
+        done = done[: count * _DONE.size]
         return [(in_flight.pop(token), result) for token, result in _DONE.iter_unpack(done)]
 
     def _take_pending(self) -> tuple[bytearray, int]:
@@ -479,9 +483,16 @@ def _error_of(request: Any, number: int) -> StorageError:
 class LinuxHost:
     """This machine. ``backend``: "auto", "io_uring" or "threads"; by default what the environment
     variable MMCOW_QUEUE says, else auto. ``hits`` False (MMCOW_HITS=off): C finishes no request by
-    itself."""
+    itself. ``depth``: how many requests of an image are given to the kernel at once."""
 
-    def __init__(self, backend: str | None = None, *, hits: bool | None = None) -> None:
+    def __init__(
+        self,
+        backend: str | None = None,
+        *,
+        hits: bool | None = None,
+        depth: int = NativeQueue.DEPTH,
+    ) -> None:
+        self.depth = depth
         self.hits = os.environ.get("MMCOW_HITS", "on") != "off" if hits is None else hits
         self.backend = backend or os.environ.get("MMCOW_QUEUE", "auto")
         if self.backend not in BACKENDS:
@@ -602,7 +613,7 @@ class LinuxHost:
         return view
 
     def queue(self) -> NativeQueue:
-        return NativeQueue(self.backend, hits=self.hits)
+        return NativeQueue(self.backend, hits=self.hits, depth=self.depth)
 
 
 def _fill(view: NativeView, handle: Handle, size: int) -> None:
