@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket as sockets
-import struct
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from mmcow.errors import MmcowError
 from mmcow.native import aligned
 from mmcow.nbd import protocol as wire
 from mmcow.nbd.handshake import Handshake, Step
+from mmcow.nbd.requests import HOLE_LEAST, SHUTDOWN, VERBS, Agreed, begin, refusal
 
 if TYPE_CHECKING:
     from mmcow.nbd.export import Export
@@ -47,24 +47,8 @@ RECEIVE = 64 << 10
 HEAD_ROOM = 4096
 # Replies up to this size are copied together to leave in one send; larger ones go by themselves.
 JOIN_MOST = 64 << 10
-# Whether a read meets nothing but zeros is looked up before it is begun; a small one costs less
-# read than looked up.
-HOLE_LEAST = 32 << 10
-
 _REQUEST = wire.REQUEST.size
-_READ_HEAD = struct.Struct(">IHHQIQ")  # chunk head and the offset of OFFSET_DATA
 _NO_PAYLOAD = memoryview(b"")
-_SHUTDOWN = (wire.ESHUTDOWN, "the server is being shut down")
-_CHANGES = frozenset((wire.CMD_WRITE, wire.CMD_TRIM, wire.CMD_WRITE_ZEROES))
-_VERBS = {
-    wire.CMD_READ: "read",
-    wire.CMD_WRITE: "write",
-    wire.CMD_FLUSH: "flush",
-    wire.CMD_TRIM: "trim",
-    wire.CMD_CACHE: "cache",
-    wire.CMD_WRITE_ZEROES: "write_zeroes",
-    wire.CMD_BLOCK_STATUS: "block_status",
-}
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -81,8 +65,7 @@ class Connection(asyncio.BufferedProtocol):
             server.exports, tls_required=server.tls is not None
         )
         self._deadline: asyncio.TimerHandle | None = None
-        self._structured = False
-        self._contexts: list[tuple[int, str]] = []
+        self._agreed = Agreed(structured=False, contexts=[])
         self._receive = memoryview(bytearray(RECEIVE_OPTIONS))
         self._at = 0  # what was received and is not begun yet is _receive[_at:_have]
         self._have = 0
@@ -228,8 +211,7 @@ class Connection(asyncio.BufferedProtocol):
         assert export is not None
         self._end_handshake()
         self.export = export
-        self._structured = handshake.structured
-        self._contexts = handshake.contexts
+        self._agreed = Agreed.of(handshake)
         export.connections += 1
         log.info("client attached to export %r", export.name)
         rest = handshake.rest()  # the first requests; never more than was received at once
@@ -338,7 +320,7 @@ class Connection(asyncio.BufferedProtocol):
         payload, self._payload, self._request = self._payload, _NO_PAYLOAD, None
         if self._stopping:
             self._give_memory(request.length)
-            self._send_error(request, *_SHUTDOWN)
+            self._send_error(request, *SHUTDOWN)
         else:
             self._start(export, request, payload)
 
@@ -353,20 +335,22 @@ class Connection(asyncio.BufferedProtocol):
 
     def _start(self, export: Export, request: wire.Request, payload: memoryview | None) -> None:
         """Hand one request to the engine; its completion sends the reply."""
-        buffer = payload
+        buffer = payload if payload is not None else _NO_PAYLOAD
+        moved = buffer
         began = time.monotonic()
         self._requests += 1
         self._started = True
         try:
             if request.command == wire.CMD_READ:
-                if self._structured and request.length >= HOLE_LEAST:
+                if self._agreed.structured and request.length >= HOLE_LEAST:
                     hole = export.reads_zero(request.offset, request.length)
                     if hole:
                         self._done(request)
                         self._send_hole(export, request)
                         return
                 buffer = aligned(HEAD_ROOM + request.length)
-            completion = self._verb(export, request, buffer)
+                moved = buffer[HEAD_ROOM:]
+            completion = begin(export, request, moved)
         except MmcowError as error:
             self._failed(export, request, error)
             return
@@ -374,68 +358,16 @@ class Connection(asyncio.BufferedProtocol):
 
     def _refusal(self, export: Export, request: wire.Request) -> tuple[int, str] | None:
         """Why a request cannot even be begun."""
-        flags, command = request.flags, request.command
-        if self._stopping and command != wire.CMD_DISC:
-            return _SHUTDOWN
-        known = wire.KNOWN_FLAGS.get(command)
-        if known is None:
-            return wire.EINVAL, f"unknown command {command}"
-        if flags and (flags & ~known or (flags & wire.CMD_FLAG_DF and not self._structured)):
-            return wire.EINVAL, f"flags {flags:#x} do not go with command {command}"
-        if command in _CHANGES and export.read_only:
-            return wire.EPERM, "the export is read-only"
-        return self._range_refusal(export.size, command, request.offset, request.length)
-
-    def _range_refusal(
-        self, size: int, command: int, offset: int, length: int
-    ) -> tuple[int, str] | None:
-        error, text = wire.EINVAL, ""
-        if command == wire.CMD_DISC:
-            pass
-        elif offset + length > size:
-            text = f"{offset}+{length} is beyond {size}"
-            if command in (wire.CMD_WRITE, wire.CMD_WRITE_ZEROES):
-                error = wire.ENOSPC
-        elif command in (wire.CMD_READ, wire.CMD_WRITE):
-            if length > wire.PAYLOAD_MOST:
-                text = f"{_VERBS[command]} of {length} bytes; the most is {wire.PAYLOAD_MOST}"
-        elif command == wire.CMD_FLUSH:
-            if offset or length:
-                text = "flush takes no range"
-        elif command == wire.CMD_BLOCK_STATUS and not (self._contexts and length):
-            text = "no metadata context was agreed, or the range is empty"
-        return (error, text) if text else None
-
-    @staticmethod
-    def _verb(export: Export, request: wire.Request, buffer: memoryview | None) -> Completion[Any]:
-        flags, command, _, offset, length = request
-        durable = bool(flags & wire.CMD_FLAG_FUA)
-        if command == wire.CMD_READ:
-            assert buffer is not None
-            return export.read(offset, buffer[HEAD_ROOM:])
-        if command == wire.CMD_WRITE:
-            assert buffer is not None
-            return export.write(offset, buffer, durable=durable)
-        if command == wire.CMD_FLUSH:
-            return export.flush()
-        if command == wire.CMD_TRIM:
-            return export.trim(offset, length, durable=durable)
-        if command == wire.CMD_WRITE_ZEROES:
-            return export.write_zeroes(
-                offset,
-                length,
-                may_unmap=not flags & wire.CMD_FLAG_NO_HOLE,
-                fast=bool(flags & wire.CMD_FLAG_FAST_ZERO),
-                durable=durable,
-            )
-        return export.cache()
+        if self._stopping and request.command != wire.CMD_DISC:
+            return SHUTDOWN
+        return refusal(export, self._agreed, request)
 
     # ---- replies ----
 
     def _finish(
         self,
         request: wire.Request,
-        buffer: memoryview | None,
+        buffer: memoryview,
         began: float,
         completion: Completion[Any],
     ) -> None:
@@ -446,14 +378,13 @@ class Connection(asyncio.BufferedProtocol):
             self._failed(export, request, error)
             return
         command = request.command
-        export.counters.count(_VERBS[command], request.length, time.monotonic() - began)
+        export.counters.count(VERBS[command], request.length, time.monotonic() - began)
         if command == wire.CMD_READ and request.length:
-            assert buffer is not None
             self._requests -= 1
             self._send(self._data_reply(request, buffer), request.length)
         else:
             self._done(request)
-            self._send(self._done_reply(request.cookie))
+            self._send(self._agreed.done(request.cookie))
 
     def _failed(self, export: Export, request: wire.Request, error: BaseException) -> None:
         """A request ended with an error, or could not even begin."""
@@ -468,43 +399,25 @@ class Connection(asyncio.BufferedProtocol):
         self._ease()
 
     def _data_reply(self, request: wire.Request, buffer: memoryview) -> memoryview:
-        if self._structured:
-            head = _READ_HEAD.pack(
-                wire.STRUCTURED_REPLY_MAGIC, wire.REPLY_FLAG_DONE, wire.REPLY_TYPE_OFFSET_DATA,
-                request.cookie, 8 + request.length, request.offset,
-            )  # fmt: skip
-        else:
-            head = wire.simple_reply(request.cookie, 0)
+        head = self._agreed.data_head(request)
         start = HEAD_ROOM - len(head)
         buffer[start:HEAD_ROOM] = head
         return buffer[start:]
 
-    def _done_reply(self, cookie: int) -> bytes:
-        if self._structured:
-            return wire.chunk(cookie, wire.REPLY_TYPE_NONE, 0)
-        return wire.simple_reply(cookie, 0)
-
     def _send_hole(self, export: Export, request: wire.Request) -> None:
         """Answer a read of known zeros without reading."""
         export.counters.count("read", request.length, 0.0)
-        payload = struct.pack(">QI", request.offset, request.length)
-        head = wire.chunk(request.cookie, wire.REPLY_TYPE_OFFSET_HOLE, len(payload))
-        self._send(head + payload)
+        self._send(self._agreed.hole(request))
 
     def _send_block_status(self, export: Export, request: wire.Request) -> None:
-        one = bool(request.flags & wire.CMD_FLAG_REQ_ONE)
         began = time.monotonic()
-        out = bytearray()
         try:
-            for position, (number, context) in enumerate(self._contexts):
-                extents = export.extents(request.offset, request.length, context, one=one)
-                last = position == len(self._contexts) - 1
-                out += wire.block_status(request.cookie, number, extents, done=last)
+            out = self._agreed.status(export, request)
         except MmcowError as error:
             self._send_failure(export, request, error)
             return
         export.counters.count("block_status", request.length, time.monotonic() - began)
-        self._send(bytes(out))
+        self._send(out)
         if self._have > self._at:
             # It may have looked at much: others get their turn before this client's next request.
             self._hold("turn")
@@ -517,10 +430,7 @@ class Connection(asyncio.BufferedProtocol):
         export.failed(error)
 
     def _send_error(self, request: wire.Request, error: int, text: str) -> None:
-        if self._structured:
-            self._send(wire.error_chunk(request.cookie, error, text))
-        else:
-            self._send(wire.simple_reply(request.cookie, error))
+        self._send(self._agreed.error(request, error, text))
 
     def _send(self, reply: bytes | memoryview, memory: int = 0) -> None:
         """Send a reply, with what else is ready: at the end of this turn, or of the loop's."""
