@@ -58,7 +58,9 @@ async def take(image: Image, name: str, *, data_file: str | None = None) -> str:
     _require_own_name(opener.host, image)
     frozen = _frozen_path(opener.host, image, name)
     data_name = data_file or _free_data_name(opener.host, image.path)
-    fresh = _make_layer(opener, image, os.path.basename(frozen), data_name)
+    # What was there already, a block device above all, stays there also when a step fails.
+    made = not names.exists(opener.host, resolve(image.path, "data file", data_name))
+    fresh = _make_layer(opener, image, os.path.basename(frozen), data_name, made=made)
     try:
         await image.engine.gate.close()
         try:
@@ -67,7 +69,7 @@ async def take(image: Image, name: str, *, data_file: str | None = None) -> str:
             image.engine.gate.open()
     except BaseException:
         if image.layers[0].driver is not fresh:
-            _take_back(opener.host, fresh)
+            _take_back(opener.host, fresh, made=made)
         raise
     return frozen
 
@@ -108,7 +110,9 @@ def _free_data_name(host: Host, path: str) -> str:
     return f"./{base}.{number}.raw" if ":" in base else f"{base}.{number}.raw"
 
 
-def _make_layer(opener: Opener, image: Image, backing: str, data_name: str) -> Driver:
+def _make_layer(
+    opener: Opener, image: Image, backing: str, data_name: str, *, made: bool
+) -> Driver:
     """Create and open the new layer under a temporary name."""
     driver = image.layers[0].driver
     temporary = names.temporary_name(image.path)
@@ -127,7 +131,8 @@ def _make_layer(opener: Opener, image: Image, backing: str, data_name: str) -> D
         return target.open(opener, temporary, Access(True, True, False, driver.data.cache))
     except BaseException:
         names.discard(opener.host, temporary)
-        names.discard(opener.host, resolve(image.path, "data file", data_name))
+        if made:
+            names.discard(opener.host, resolve(image.path, "data file", data_name))
         raise
 
 
@@ -168,9 +173,10 @@ def _lock_as_base(driver: Driver) -> None:
         handle.lock(*lock_sets(access, raw=False))
 
 
-def _take_back(host: Host, fresh: Driver) -> None:
-    """Remove the new layer's files: no name leads to them."""
+def _take_back(host: Host, fresh: Driver, *, made: bool) -> None:
+    """Remove the new layer's files that were made for it: no name leads to them."""
     image_path, data_path = fresh.path, fresh.data.path
     fresh.close()
     names.discard(host, image_path)
-    names.discard(host, data_path)
+    if made:
+        names.discard(host, data_path)

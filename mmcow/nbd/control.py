@@ -42,7 +42,7 @@ class Control:
         self._server = server
         self._quit = quit
         self._listener: asyncio.Server | None = None
-        self._path: str | None = None
+        self._path: tuple[str, int] | None = None  # with the inode, to remove nobody else's socket
         self._clients: set[asyncio.StreamWriter] = set()
         self._commands: dict[str, Callable[[Arguments], Awaitable[Any]]] = {
             "qmp_capabilities": self._capabilities,
@@ -61,7 +61,7 @@ class Control:
             self._listener = await self._server.listen_control(path, self._serve, LINE_MOST)
         finally:
             os.umask(before)
-        self._path = path
+        self._path = path, os.stat(path).st_ino
 
     async def close(self) -> None:
         """Listen no more and let the clients go."""
@@ -70,8 +70,10 @@ class Control:
         for writer in list(self._clients):
             writer.close()
         if self._path is not None:
+            path, inode = self._path
             with contextlib.suppress(OSError):
-                os.unlink(self._path)
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._clients.add(writer)
@@ -102,6 +104,9 @@ class Control:
         identity: dict[str, Any] = {}
         try:
             message = json.loads(line)
+        except (ValueError, RecursionError) as error:  # also a number of too many digits
+            return _error("GenericError", f"not JSON: {error}")
+        try:
             if not isinstance(message, dict):
                 raise UsageError("a command is a JSON object")
             if "id" in message:
@@ -114,8 +119,6 @@ class Control:
             if not isinstance(arguments, dict):
                 raise UsageError("arguments are a JSON object")
             return {"return": await command(arguments), **identity}
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            return _error("GenericError", f"not JSON: {error}", identity)
         except (MmcowError, OSError) as error:
             return _error(type(error).__name__, str(error), identity)
 
@@ -163,12 +166,9 @@ class Control:
 
     async def _snapshot(self, arguments: Arguments) -> Any:
         export = self._export(arguments)
-        name = arguments.get("name")
-        if not isinstance(name, str):
+        name, data_file = _file_name(arguments, "name"), _file_name(arguments, "data_file")
+        if name is None:
             raise UsageError("snapshot needs a name")
-        data_file = arguments.get("data_file")
-        if data_file is not None and not isinstance(data_file, str):
-            raise UsageError("data_file is a name")
         image = export.image
         frozen = await image.perform(
             lambda: image.reactor.spawn(take(image.image, name, data_file=data_file))
@@ -233,6 +233,18 @@ def _number(arguments: Arguments, key: str) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise UsageError(f"{key} {value!r}: must be a number of bytes")
     return value
+
+
+def _file_name(arguments: Arguments, key: str) -> str | None:
+    """A name for a file. JSON can hold what is none: half of a surrogate pair."""
+    value = arguments.get(key)
+    if value is None:
+        return None
+    try:
+        os.fsencode(value)
+    except (TypeError, UnicodeEncodeError):
+        raise UsageError(f"{key} {value!r}: must be the name of a file") from None
+    return str(value)
 
 
 def _error(kind: str, text: str, identity: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -173,6 +173,23 @@ def test_snapshot_failing_before_the_pivot_changes_nothing(disk, tmp_path, metho
     assert content(disk)[5:9] == b"kEPt"
 
 
+@pytest.mark.parametrize(("method", "after"), [("create", 1), ("link", 1), ("rename", 2)])
+def test_snapshot_that_fails_leaves_the_data_file_it_was_given(disk, tmp_path, method, after):
+    mine = tmp_path / "mine.raw"
+    mine.write_bytes(b"m" * SIZE)
+    host = _FailingHost("", 0)
+    with mmcow.open(disk, write=True, host=host) as image:
+        host.method, host.left = method, after
+        files = sorted(os.listdir(tmp_path))
+        with pytest.raises(mmcow.StorageError):
+            snapshot(image, "frozen", data_file="mine.raw")
+        host.method = ""
+        assert sorted(os.listdir(tmp_path)) == files
+        assert mine.read_bytes() == b"m" * SIZE
+        snapshot(image, "frozen", data_file="mine.raw")
+        assert image.chain[0].data_file == str(mine)
+
+
 def test_snapshot_directory_sync_failing_after_the_pivot_is_sticky(disk):
     host = _FailingHost("", 0)
     with mmcow.open(disk, write=True, host=host) as image:

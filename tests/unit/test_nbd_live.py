@@ -75,6 +75,12 @@ class Controlled:
             time.sleep(0.01)
         return stream
 
+    def wait_for_moved(self):
+        deadline = time.monotonic() + 30
+        while not self.export()["stream"]["moved"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     def close(self):
         if not self.closed:
             self.closed = True
@@ -274,7 +280,12 @@ def test_control_greets_and_speaks_qmp(controlled):
      b'{"execute": "flush", "arguments": {"export": ["x"]}}',
      b'{"execute": "stream", "arguments": {"action": "fly"}}',
      b'{"execute": "stream", "arguments": {"action": {}}}', b"[" * 5000,
-     b'{"execute": "snapshot", "arguments": {"name": "a\\u0000b"}}'],
+     b'{"execute": "snapshot", "arguments": {"name": "a\\u0000b"}}',
+     b'{"execute": "snapshot", "arguments": {"name": "\\ud800"}}',
+     b'{"execute": "snapshot", "arguments": {"name": "a", "data_file": "\\ud800"}}',
+     b'{"execute": "snapshot", "arguments": {"name": "a", "data_file": "\\u0000"}}',
+     b'{"execute": "snapshot", "arguments": {"name": "a", "data_file": 5}}',
+     b'{"execute": "resize", "arguments": {"size": ' + b"9" * 5000 + b"}}"],
 )  # fmt: skip
 def test_control_answers_nonsense_with_an_error(controlled, line):
     answer = controlled.say(line + b"\n")
@@ -294,6 +305,14 @@ def test_control_drops_who_sends_an_endless_line(controlled):
 
 def test_control_socket_is_its_owners_alone(controlled):
     assert os.stat(controlled.path).st_mode & 0o077 == 0
+
+
+def test_control_removes_nobody_elses_socket(controlled):
+    os.unlink(controlled.path)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(controlled.path)
+        controlled.close()
+        assert os.path.exists(controlled.path)
 
 
 def test_status_counts(controlled):
