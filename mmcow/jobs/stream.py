@@ -44,17 +44,17 @@ def stream(image: Image, *, progress: Progress | None = None) -> int:
         meter.finish()
         return 0
     moved = _pull(image, meter)
-    image.reactor.run(image.engine.drop_backing())
-    cut_chain(image)
+    image.reactor.run(let_go(image))
     meter.finish()
     return moved
 
 
-def cut_chain(image: Image) -> None:
-    """Close what lies below the top layer, which does not depend on it any more."""
-    with image.reactor.lock:
-        below = image.layers[1:]
-        del image.layers[1:]
+async def let_go(image: Image) -> None:
+    """Make the top layer the whole chain, and close what lies below: in one step of the reactor,
+    because a snapshot that waits puts a layer on top next, and the old top is below then."""
+    await image.engine.drop_backing()
+    below = image.layers[1:]
+    del image.layers[1:]
     close_layers(below)
 
 

@@ -11,7 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from mmcow.errors import MmcowError, ReadOnlyError, UsageError
-from mmcow.jobs.stream import cut_chain, missing
+from mmcow.jobs.stream import let_go, missing
 
 if TYPE_CHECKING:
     from mmcow.formats.driver import Driver
@@ -81,12 +81,12 @@ class Stream:
         """Copy everything, then let go of the base. Never raises but CancelledError."""
         try:
             image = self._export.image
-            while not await self._pull(image.engine.top):
+            top = image.engine.top
+            while not (await self._pull(top) and await self._let_go(top)):
                 if self._cancelled:
                     self.state = "cancelled"
                     return
-            await image.perform(lambda: image.reactor.spawn(image.engine.drop_backing()))
-            cut_chain(image.image)
+                top = image.engine.top
             self.done = self.total
             self.state = "completed"
         except asyncio.CancelledError:
@@ -121,6 +121,17 @@ class Stream:
                 await image.flush()
                 flushed = loop.time()
         return image.engine.top is top
+
+    async def _let_go(self, top: Driver) -> bool:
+        """Drop what lies below ``top``. False where a snapshot was faster and ``top`` is below."""
+        image = self._export.image
+        try:
+            await image.perform(lambda: image.reactor.spawn(let_go(image.image)))
+        except UsageError:  # the new top lacks nearly everything
+            if image.engine.top is top:
+                raise
+            return False
+        return True
 
     def _rest(self, moved: int, took: float, *, busy: bool) -> float:
         """How long to leave the disk to others: what the rate demands, and as long as the piece
