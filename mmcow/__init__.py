@@ -11,7 +11,8 @@
         disk.flush()
 
 ``mmcow.aio`` has the same verbs for asyncio; ``mmcow.jobs`` the long operations (convert,
-compare, commit, stream, snapshot); ``mmcow.nbd`` the server; ``mmcow.errors`` every error.
+compare, commit, stream, snapshot); ``mmcow.serve`` offers disks over NBD; ``mmcow.errors`` has
+every error.
 
 Names are imported when they are first used: ``import mmcow`` alone costs nothing.
 """
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from mmcow.image import BlockStatus, Image, LayerReport
     from mmcow.image import create_image as create
     from mmcow.image import open_image as open
+    from mmcow.serving import serve
 
 __version__ = "0.1.0"
 
@@ -79,6 +81,7 @@ __all__ = [
     "Within",
     "create",
     "open",
+    "serve",
 ]
 
 # Where each public name lives, and what it is called there if not the same. All others: errors.
@@ -93,6 +96,7 @@ _PLACES = {
     "Within": ("formats.opening", "Within"),
     "create": ("image", "create_image"),
     "open": ("image", "open_image"),
+    "serve": ("serving", "serve"),
 }
 
 

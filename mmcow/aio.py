@@ -82,6 +82,11 @@ class Image:
         return self._image
 
     @property
+    def is_of_this_loop(self) -> bool:
+        """Whether the running loop is the one it was opened in."""
+        return asyncio.get_running_loop() is self._loop
+
+    @property
     def writable(self) -> bool:
         """Whether it was opened for writing."""
         return self._image.writable

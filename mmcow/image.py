@@ -91,6 +91,7 @@ class Image:
 
     def __init__(self, opener: Opener, layers: list[Layer], path: str, *, write: bool) -> None:
         self.path = path
+        self.location = opener.host.absolute(path)  # the program may change its directory
         self.reactor = opener.reactor
         self.layers = layers
         self._opener = opener

@@ -27,6 +27,8 @@ _COMMANDS = ("status", "flush", "stream", "snapshot", "resize", "top", "quit")
 _ACTIONS = ("start", "pause", "resume", "cancel")
 _TIMEOUT = 60.0
 _TOP_SECONDS = 1.0
+_LOOK_SECONDS = 0.5  # for the throughput of a lone status
+_RECENT = 5.0
 _BAR = 40
 
 
@@ -67,6 +69,8 @@ def run_ctl(arguments: argparse.Namespace, ui: Ui) -> int:
         if arguments.command == "top":
             return _top(server, arguments, ui)
         answer = server.execute(arguments.command, _arguments(arguments, server))
+        if arguments.command == "status":
+            answer = _of_now(server, arguments, answer)
         if arguments.command == "stream" and arguments.wait:
             answer = _wait(server, arguments, ui)
         _show(arguments, answer, ui)
@@ -178,6 +182,14 @@ def _wait(server: _Server, arguments: argparse.Namespace, ui: Ui) -> Any:
         time.sleep(0.2)
 
 
+def _of_now(server: _Server, arguments: argparse.Namespace, answer: Any) -> Any:
+    """A status whose throughput is that of now, not the mean since somebody asked last."""
+    if any(export["throughput"]["seconds"] > _RECENT for export in answer["exports"]):
+        time.sleep(_LOOK_SECONDS)
+        answer = server.execute("status", _arguments(arguments, server))
+    return answer
+
+
 def _show(arguments: argparse.Namespace, answer: Any, ui: Ui) -> None:
     if arguments.output == "json":
         ui.out_json(answer)
@@ -210,11 +222,21 @@ def _lines(export: dict[str, Any]) -> list[str]:
     for verb, count in sorted(export["operations"].items()):
         moved = export["bytes"].get(verb, 0)
         lines.append(f"  {verb}: {count}" + (f" ({io_size(moved)})" if moved else ""))
+    lines.append("  now: " + _throughput(export["throughput"]))
     if export["errors"]:
         lines.append(f"  errors: {export['errors']}")
     if export["stream"] is not None:
         lines.append(f"  stream: {export['stream']['state']}, {_percent(export['stream'])}")
     return lines + _histogram(export["latency-log2-us"])
+
+
+def _throughput(rates: dict[str, Any]) -> str:
+    """Operations and bytes per second of each verb that was asked for."""
+    parts = []
+    for verb, count in sorted(rates["operations"].items()):
+        moved = rates["bytes"].get(verb, 0)
+        parts.append(f"{verb} {count:.0f}/s" + (f" ({io_size(int(moved))}/s)" if moved else ""))
+    return "  ".join(parts) or "idle"
 
 
 def _histogram(buckets: list[int]) -> list[str]:
@@ -242,23 +264,11 @@ def _duration(microseconds: int) -> str:
 def _top(server: _Server, arguments: argparse.Namespace, ui: Ui) -> int:
     """Show the status again and again, until stopped."""
     chosen = {} if arguments.export is None else {"export": arguments.export}
-    before: dict[str, dict[str, int]] = {}
     clear = "\x1b[H\x1b[J" if terminal.is_terminal(sys.stdout) else ""
     while not ui.signals.number:
         answer = server.execute("status", chosen)
-        lines = []
-        for export in answer["exports"]:
-            lines += _lines(export)
-            lines += _rates(export["operations"], before.get(export["name"]))
-            before[export["name"]] = export["operations"]
+        lines = [line for export in answer["exports"] for line in _lines(export)]
         ui.out(clear + "\n".join(lines))
         ui.flush()
         time.sleep(_TOP_SECONDS)
     return exits.OK
-
-
-def _rates(now: dict[str, int], before: dict[str, int] | None) -> list[str]:
-    if before is None:
-        return []
-    parts = [f"{verb} {count - before.get(verb, 0)}/s" for verb, count in sorted(now.items())]
-    return ["  now: " + "  ".join(parts)] if parts else []

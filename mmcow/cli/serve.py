@@ -2,7 +2,7 @@
 """``mmcow serve``: disks as NBD exports, until a signal, a command's end or idleness.
 
 Owns: the verb: what listens where, readiness, the status line, the end.
-Never: speaks NBD (``nbd``).
+Never: speaks NBD (``nbd``), serves by itself (``serving``).
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from mmcow.cli.images import warn
 from mmcow.cli.options import Parser, add_backing_format, add_cache, add_format, add_quiet
 from mmcow.cli.sizes import io_size
 from mmcow.errors import StorageError, UsageError
-from mmcow.nbd.control import Control
-from mmcow.nbd.server import CONNECTIONS_MOST, Server, tls_context
+from mmcow.nbd.server import CONNECTIONS_MOST
+from mmcow.serving import serve
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable, Sequence
 
     from mmcow.cli.ui import Ui
+    from mmcow.serving import Serving
 
 _FIRST_GIVEN = 3  # systemd's first descriptor
 _STATUS_SECONDS = 1.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def configure_serve(parser: Parser) -> None:
@@ -93,49 +96,54 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"serve: --exit-when-idle {idle}: must be a number of seconds")
     if arguments.max_connections < 1:
         raise UsageError(f"serve: --max-connections {arguments.max_connections}: must be 1 or more")
-    names = arguments.export_name
-    if names and len(names) != len(arguments.images):
-        raise UsageError(f"serve: {len(names)} export names for {len(arguments.images)} images")
+    _check_names(arguments)
     if arguments.tls_verify_peer and not arguments.tls_certs:
         raise UsageError("serve: --tls-verify-peer needs --tls-certs")
     if arguments.tls_certs and arguments.command and not arguments.bind:
         raise UsageError("serve: a command is given a Unix socket, which needs no TLS")
 
 
+def _check_names(arguments: argparse.Namespace) -> None:
+    names = arguments.export_name or [os.path.basename(path) for path in arguments.images]
+    if len(names) != len(arguments.images):
+        raise UsageError(f"serve: {len(names)} export names for {len(arguments.images)} images")
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"serve: two exports are called {name!r}: use --export-name")
+
+
 async def _serve(arguments: argparse.Namespace, ui: Ui) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    _on_signals(loop, stop.set)
     try:
         async with AsyncExitStack() as stack:
             server = await _start(arguments, ui, stack)
-            if arguments.control:
-                control = Control(server, stop.set)
-                await control.listen(arguments.control)
-                stack.push_async_callback(control.close)
-            uris = await _listen(arguments, server, stack)
-            _tell_ready(uris, ui, quiet=bool(arguments.command) or arguments.quiet)
-            if arguments.exit_when_idle is not None:
-                server.background(_watch_idle(server, arguments.exit_when_idle, stop))
+            _on_signals(loop, server.quit)
+            if stop.is_set():
+                server.quit()
+            _tell_ready(server.uris, ui, quiet=bool(arguments.command) or arguments.quiet)
+            stack.callback(_notify, "STOPPING=1")
             if not arguments.quiet and terminal.is_terminal(sys.stderr) and not arguments.command:
-                server.background(_show_status(server, ui))
+                stack.callback(loop.create_task(_show_status(server, ui)).cancel)
             if arguments.command:
-                return await _run_command(arguments.command, uris[0], stop)
-            await stop.wait()
+                return await _run_command(arguments.command, server)
+            await server.wait_quit()
         return exits.OK
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             loop.remove_signal_handler(number)
 
 
-async def _start(arguments: argparse.Namespace, ui: Ui, stack: AsyncExitStack) -> Server:
-    """Open the images and put a server over them."""
-    images: dict[str, aio.Image] = {}
-    opening = await stack.enter_async_context(AsyncExitStack())
-    for name, path in zip(_export_names(arguments), arguments.images, strict=True):
-        if name in images:
-            raise UsageError(f"serve: two exports are called {name!r}: use --export-name")
+def _on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop)
+
+
+async def _start(arguments: argparse.Namespace, ui: Ui, stack: AsyncExitStack) -> Serving:
+    """Open the images and serve them, until the stack is left."""
+    images: list[aio.Image] = []
+    for path in arguments.images:
         ui.subject = path
         image = await aio.open(
             path,
@@ -144,50 +152,29 @@ async def _start(arguments: argparse.Namespace, ui: Ui, stack: AsyncExitStack) -
             cache=arguments.cache,
             backing_format=arguments.backing_format,
         )
-        opening.push_async_callback(image.close)
+        stack.push_async_callback(image.close)  # which the server does before, once it runs
         warn(ui, path, image.image)
-        images[name] = image
-    server = Server(
-        images,
-        read_only=arguments.read_only,
-        tls=tls_context(arguments.tls_certs, verify_peer=arguments.tls_verify_peer)
-        if arguments.tls_certs
-        else None,
-        max_connections=arguments.max_connections,
-    )
-    opening.pop_all()  # the server closes them
-    return await stack.enter_async_context(server)
-
-
-def _export_names(arguments: argparse.Namespace) -> list[str]:
-    if arguments.export_name:
-        return list(arguments.export_name)
-    if len(arguments.images) == 1:
-        return [""]
-    return [os.path.basename(path) for path in arguments.images]
-
-
-async def _listen(
-    arguments: argparse.Namespace, server: Server, stack: AsyncExitStack
-) -> list[str]:
-    """Open every way in; returns the URIs."""
-    uris = []
+        images.append(image)
+    socket_path = arguments.socket
     given = _given_sockets()
-    if given:
-        await server.listen_on(given)
-        uris.append("nbd: sockets from systemd")
-    if arguments.socket:
-        uris.append(await server.listen_unix(arguments.socket))
-    if arguments.bind:
-        host, colon, port = arguments.bind.rpartition(":")
-        if not colon or not (port.isascii() and port.isdigit()):
-            raise UsageError(f"serve: --bind {arguments.bind}: must be HOST:PORT")
-        uris.append(await server.listen_tcp(host.strip("[]") or "localhost", int(port)))
-    if arguments.command and not uris:
+    if arguments.command and not (socket_path or arguments.bind or given):
         directory = tempfile.mkdtemp(prefix="mmcow-")
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        uris.append(await server.listen_unix(os.path.join(directory, "nbd.sock")))
-    return uris
+        socket_path = os.path.join(directory, "nbd.sock")
+    names = arguments.export_name
+    server = serve(
+        dict(zip(names, images, strict=True)) if names else images,
+        socket=socket_path,
+        bind=arguments.bind,
+        sockets=given,
+        control=arguments.control,
+        read_only=arguments.read_only,
+        tls=arguments.tls_certs,
+        tls_verify_peer=arguments.tls_verify_peer,
+        max_connections=arguments.max_connections,
+        exit_when_idle=arguments.exit_when_idle,
+    )
+    return await stack.enter_async_context(server)
 
 
 def _given_sockets_count() -> int:
@@ -195,12 +182,15 @@ def _given_sockets_count() -> int:
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return 0
     text = os.environ.get("LISTEN_FDS", "0")
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def _given_sockets() -> list[socket.socket]:
+    count = _given_sockets_count()
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):  # they are not a command's
+        os.environ.pop(name, None)
     given: list[socket.socket] = []
-    for descriptor in range(_FIRST_GIVEN, _FIRST_GIVEN + _given_sockets_count()):
+    for descriptor in range(_FIRST_GIVEN, _FIRST_GIVEN + count):
         try:
             one = socket.socket(fileno=descriptor)
             listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -211,47 +201,47 @@ def _given_sockets() -> list[socket.socket]:
         given.append(one)
         if not listens:
             raise UsageError(f"serve: LISTEN_FDS: descriptor {descriptor} does not listen")
+        one.set_inheritable(False)
     return given
 
 
-def _tell_ready(uris: list[str], ui: Ui, *, quiet: bool) -> None:
+def _tell_ready(uris: Sequence[str], ui: Ui, *, quiet: bool) -> None:
     """Say that clients may come: to systemd, and a line per way in on standard output."""
     if not quiet:
         for uri in uris:
             ui.out(uri)
         ui.flush()
+    error = _notify("READY=1\nSTATUS=serving")
+    if error is not None:
+        address = os.environ["NOTIFY_SOCKET"]
+        raise StorageError(error.errno or 0, "ready notification", address) from error
+
+
+def _notify(message: str) -> OSError | None:
+    """Tell the service manager, if there is one, as sd_notify(3) does."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
-        return
+        return None
     if address.startswith("@"):
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         try:
             notify.connect(address)
-            notify.sendall(b"READY=1\nSTATUS=serving")
+            notify.sendall(message.encode())
         except OSError as error:
-            raise StorageError(error.errno or 0, "ready notification", address) from error
+            return error
+    return None
 
 
-async def _watch_idle(server: Server, seconds: float, stop: asyncio.Event) -> None:
-    while True:
-        since = server.idle_since
-        now = server.loop.time()
-        if since is not None and now - since >= seconds:
-            stop.set()
-            return
-        await asyncio.sleep(seconds if since is None else since + seconds - now)
-
-
-async def _run_command(command: list[str], uri: str, stop: asyncio.Event) -> int:
+async def _run_command(command: list[str], server: Serving) -> int:
     """Run the command; its status is ours. A signal to us is passed on."""
-    words = [word.replace("{uri}", uri) for word in command]
+    words = [word.replace("{uri}", server.uri) for word in command]
     try:
         process = await asyncio.create_subprocess_exec(*words)
     except OSError as error:
         raise StorageError(error.errno or 0, "start", words[0]) from error
     ended = asyncio.ensure_future(process.wait())
-    stopped = asyncio.ensure_future(stop.wait())
+    stopped = asyncio.ensure_future(server.wait_quit())
     await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if not ended.done():
@@ -260,38 +250,28 @@ async def _run_command(command: list[str], uri: str, stop: asyncio.Event) -> int
     return status if status >= 0 else 128 - status
 
 
-async def _show_status(server: Server, ui: Ui) -> None:
+async def _show_status(server: Serving, ui: Ui) -> None:
     """One line on the terminal, renewed every second."""
-    before = _totals(server)
     try:
         while True:
             await asyncio.sleep(_STATUS_SECONDS)
-            now = _totals(server)
-            ui.draw(_status_line(server, before, now))
-            before = now
+            ui.draw(_status_line(server.activity()))
     finally:
         ui.draw("")
 
 
-def _totals(server: Server) -> dict[str, tuple[int, int]]:
-    totals: dict[str, tuple[int, int]] = {}
-    for export in server.exports.values():
-        for verb, count in export.counters.operations.items():
-            old = totals.get(verb, (0, 0))
-            totals[verb] = (old[0] + count, old[1] + export.counters.bytes[verb])
-    return totals
-
-
-def _status_line(server: Server, before: dict[str, Any], now: dict[str, Any]) -> str:
-    parts = [f"{len(server.connections)} clients"]
+def _status_line(activity: dict[str, Any]) -> str:
+    count = activity["connections"]
+    parts = [f"{count} client{'' if count == 1 else 's'}"]
+    rates = [export["throughput"] for export in activity["exports"]]
     for verb in ("read", "write", "flush"):
-        count = now.get(verb, (0, 0))[0] - before.get(verb, (0, 0))[0]
-        moved = now.get(verb, (0, 0))[1] - before.get(verb, (0, 0))[1]
-        parts.append(f"{verb} {count}/s" + (f" {io_size(moved)}/s" if moved else ""))
-    for export in server.exports.values():
-        stream = export.stream
-        if stream is not None and stream.active:
-            parts.append(f"stream {100 * stream.done // max(stream.total, 1)} %")
+        operations = sum(rate["operations"].get(verb, 0) for rate in rates)
+        moved = sum(rate["bytes"].get(verb, 0) for rate in rates)
+        parts.append(f"{verb} {operations:.0f}/s" + (f" {io_size(int(moved))}/s" if moved else ""))
+    for export in activity["exports"]:
+        stream = export["stream"]
+        if stream is not None and stream["state"] in ("running", "paused"):
+            parts.append(f"stream {100 * stream['done'] // max(stream['total'], 1)} %")
     return "  ".join(parts)
 
 

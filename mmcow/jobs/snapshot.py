@@ -57,13 +57,16 @@ async def take(image: Image, name: str, *, data_file: str | None = None) -> str:
     opener = image.opener
     _require_own_name(opener.host, image)
     frozen = _frozen_path(opener.host, image, name)
-    data_name = data_file or _free_data_name(opener.host, image.path)
+    top = image.layers[0]
+    data_name = data_file or _free_data_name(opener.host, image.location)
     # What was there already, a block device above all, stays there also when a step fails.
-    made = not names.exists(opener.host, resolve(image.path, "data file", data_name))
+    made = not names.exists(opener.host, resolve(image.location, "data file", data_name))
     fresh = _make_layer(opener, image, os.path.basename(frozen), data_name, made=made)
     try:
         await image.engine.gate.close()
         try:
+            if image.layers[0] is not top:
+                raise UsageError(f"{image.path}: another snapshot came first: ask again")
             await _pivot(image, fresh, frozen)
         finally:
             image.engine.gate.open()
@@ -71,18 +74,23 @@ async def take(image: Image, name: str, *, data_file: str | None = None) -> str:
         if image.layers[0].driver is not fresh:
             _take_back(opener.host, fresh, made=made)
         raise
-    return frozen
+    return _as_opened(image, frozen)
+
+
+def _as_opened(image: Image, path: str) -> str:
+    """A path in the image's directory, as the caller calls that."""
+    return os.path.join(os.path.dirname(image.path), os.path.basename(path))
 
 
 def _require_own_name(host: Host, image: Image) -> None:
     """The name must lead to the file that is open: another's must not be frozen or replaced."""
-    real = host.real_path(image.path)
-    if real != image.path:
+    real = host.real_path(image.location)
+    if real != image.location:
         raise UsageError(
             f"{image.path}: is a symbolic link, which cannot change places with a file: open {real}"
         )
     handle = image.layers[0].driver.locked_handles()[0]
-    if host.stat(image.path).identity != handle.identity:
+    if host.stat(image.location).identity != handle.identity:
         raise UsageError(
             f"{image.path}: is another file now than the one that is open: it was renamed or "
             "replaced meanwhile"
@@ -90,13 +98,17 @@ def _require_own_name(host: Host, image: Image) -> None:
 
 
 def _frozen_path(host: Host, image: Image, name: str) -> str:
-    if not name or os.path.dirname(name) not in ("", os.path.dirname(image.path)):
+    if not name or os.path.dirname(name) not in (
+        "",
+        os.path.dirname(image.path),
+        os.path.dirname(image.location),
+    ):
         raise UsageError(
             f"{image.path}: snapshot {name!r}: must be a name in the image's own directory"
         )
-    path = os.path.join(os.path.dirname(image.path), os.path.basename(name))
-    if names.exists(host, path) and host.stat(path).identity != host.stat(image.path).identity:
-        raise StorageError(errno.EEXIST, "snapshot", path)
+    path = os.path.join(os.path.dirname(image.location), os.path.basename(name))
+    if names.exists(host, path) and host.stat(path).identity != host.stat(image.location).identity:
+        raise StorageError(errno.EEXIST, "snapshot", _as_opened(image, path))
     if os.path.basename(path) == os.path.basename(image.path):
         raise UsageError(f"{image.path}: snapshot {name!r}: is the image's own name")
     return path
@@ -115,7 +127,7 @@ def _make_layer(
 ) -> Driver:
     """Create and open the new layer under a temporary name."""
     driver = image.layers[0].driver
-    temporary = names.temporary_name(image.path)
+    temporary = names.temporary_name(image.location)
     request = CreateRequest(
         size=image.size,
         backing=f"./{backing}" if ":" in backing else backing,
@@ -132,32 +144,31 @@ def _make_layer(
     except BaseException:
         names.discard(opener.host, temporary)
         if made:
-            names.discard(opener.host, resolve(image.path, "data file", data_name))
+            names.discard(opener.host, resolve(image.location, "data file", data_name))
         raise
 
 
 async def _pivot(image: Image, fresh: Driver, frozen: str) -> None:
     """Steps 2 to 5; the engine is closed to requests."""
     host, engine = image.opener.host, image.engine
-    old, directory = image.layers[0].driver, names.directory_of(image.path)
+    old, directory = image.layers[0].driver, names.directory_of(image.location)
     if fresh.info.size != image.size:
         raise UsageError(f"{image.path}: was resized while the snapshot was prepared")
     await engine.flusher.flush()
     _require_own_name(host, image)
     linked = not names.exists(host, frozen)
     if linked:
-        host.link(image.path, frozen)
+        host.link(image.location, frozen)
     try:
         host.sync_directory(directory)
-        host.rename(fresh.path, image.path)
+        host.rename(fresh.path, image.location)
     except BaseException:
         if linked:
             names.discard(host, frozen)
         raise
     # From here the served name is the new layer's: nothing may be written to the old one.
-    served = image.path
-    old.moved(frozen)
-    fresh.moved(served)
+    old.moved(_as_opened(image, frozen))
+    fresh.moved(image.path)
     image.push(Layer(fresh, FORMAT, False))
     try:
         host.sync_directory(directory)

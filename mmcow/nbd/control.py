@@ -7,30 +7,29 @@ line is a greeting. A client that speaks QMP's ``qmp_capabilities`` gets its emp
 
 Owns: the commands, their arguments, their answers. Whoever can open the socket (its owner) may
 give every command.
-Never: does the work (``live``, ``jobs.snapshot``, the engine do).
+Never: does the work (``live`` and the engine do).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import time
 from typing import TYPE_CHECKING, Any
 
 import mmcow
 from mmcow.errors import MmcowError, UsageError
-from mmcow.jobs.snapshot import take
-from mmcow.nbd.live import Stream
+from mmcow.nbd import live
+from mmcow.nbd.status import status_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from mmcow.nbd.export import Export
-    from mmcow.nbd.server import Server
+    from mmcow.nbd.server import Server, SocketName
 
 LINE_MOST = 64 << 10
+PARTING_SECONDS = 5.0
 
 Arguments = dict[str, Any]
 
@@ -42,8 +41,8 @@ class Control:
         self._server = server
         self._quit = quit
         self._listener: asyncio.Server | None = None
-        self._path: tuple[str, int] | None = None  # with the inode, to remove nobody else's socket
-        self._clients: set[asyncio.StreamWriter] = set()
+        self._name: SocketName | None = None
+        self._clients: dict[asyncio.Task[None] | None, asyncio.StreamWriter] = {}
         self._commands: dict[str, Callable[[Arguments], Awaitable[Any]]] = {
             "qmp_capabilities": self._capabilities,
             "status": self._status,
@@ -56,27 +55,25 @@ class Control:
 
     async def listen(self, path: str) -> None:
         """Listen on a Unix socket that only its owner can open."""
-        before = os.umask(0o177)
-        try:
-            self._listener = await self._server.listen_control(path, self._serve, LINE_MOST)
-        finally:
-            os.umask(before)
-        self._path = path, os.stat(path).st_ino
+        self._listener, self._name = await self._server.listen_control(path, self._serve, LINE_MOST)
 
     async def close(self) -> None:
         """Listen no more and let the clients go."""
         if self._listener is not None:
             self._listener.close()
-        for writer in list(self._clients):
+        if self._name is not None:
+            self._name.remove()
+        for writer in self._clients.values():
             writer.close()
-        if self._path is not None:
-            path, inode = self._path
-            with contextlib.suppress(OSError):
-                if os.stat(path).st_ino == inode:
-                    os.unlink(path)
+        talks = [task for task in self._clients if task is not None]
+        if talks:  # each ends with the command in hand
+            _, deaf = await asyncio.wait(talks, timeout=PARTING_SECONDS)
+            for task in deaf:
+                self._clients[task].transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._clients.add(writer)
+        talk = asyncio.current_task()
+        self._clients[talk] = writer
         try:
             _send(writer, {"mmcow": {"version": mmcow.__version__, "exports": self._names()}})
             while True:
@@ -93,7 +90,7 @@ class Control:
         except (ConnectionError, asyncio.CancelledError):
             return
         finally:
-            self._clients.discard(writer)
+            self._clients.pop(talk, None)
             writer.close()
 
     def _names(self) -> list[str]:
@@ -128,13 +125,9 @@ class Control:
         return {}
 
     async def _status(self, arguments: Arguments) -> Any:
-        name = arguments.get("export")
-        exports = self._server.exports.values() if name is None else [self._export(arguments)]
-        return {
-            "version": mmcow.__version__,
-            "connections": len(self._server.connections),
-            "exports": [_describe(export) for export in exports],
-        }
+        every = arguments.get("export") is None
+        exports = list(self._server.exports.values()) if every else [self._export(arguments)]
+        return status_of(self._server, exports)
 
     async def _flush(self, arguments: Arguments) -> Any:
         await self._export(arguments).image.flush()
@@ -145,13 +138,9 @@ class Control:
         export = self._export(arguments)
         action = arguments.get("action", "start")
         rate = _number(arguments, "rate")
-        stream = export.stream
         if action == "start":
-            if stream is not None and stream.active:
-                raise UsageError(f"export {export.name!r}: a stream is {stream.state}")
-            stream = export.stream = Stream(export, rate=rate or 0)
-            self._server.background(stream.run())
-            return stream.status()
+            return live.start_stream(self._server, export, rate or 0).status()
+        stream = export.stream
         if stream is None or not stream.active:
             raise UsageError(f"export {export.name!r}: no stream is running")
         if action == "pause":
@@ -169,61 +158,25 @@ class Control:
         name, data_file = _file_name(arguments, "name"), _file_name(arguments, "data_file")
         if name is None:
             raise UsageError("snapshot needs a name")
-        image = export.image
-        frozen = await image.perform(
-            lambda: image.reactor.spawn(take(image.image, name, data_file=data_file))
-        )
-        return {"frozen": frozen, "top": image.path}
+        frozen = await live.snapshot(export, name, data_file)
+        return {"frozen": frozen, "top": export.image.path}
 
     async def _resize(self, arguments: Arguments) -> Any:
-        export = self._export(arguments)
         size = _number(arguments, "size")
         if size is None:
             raise UsageError("resize needs a size in bytes")
-        if size < export.size:
-            raise UsageError(f"export {export.name!r}: a served disk can only grow")
-        await export.image.resize(size)
-        return {"size": export.size, "note": "clients see it when they connect again"}
+        grown = await live.grow(self._export(arguments), size)
+        return {"size": grown, "note": "clients see it when they connect again"}
 
     async def _end(self, arguments: Arguments) -> Any:
         asyncio.get_running_loop().call_soon(self._quit)
         return {}
 
     def _export(self, arguments: Arguments) -> Export:
-        exports = self._server.exports
         name = arguments.get("export")
-        if name is None and len(exports) == 1:
-            return next(iter(exports.values()))
-        export = exports.get(name) if isinstance(name, str) else None
-        if export is None:
-            names = ", ".join(repr(known) for known in exports)
-            raise UsageError(f"no export {name!r}; there are: {names}")
-        return export
-
-
-def _describe(export: Export) -> dict[str, Any]:
-    image, counters = export.image, export.counters
-    top = image.engine.top
-    seconds = max(time.monotonic() - counters.started, 1e-9)
-    return {
-        "name": export.name,
-        "path": image.path,
-        "size": image.size,
-        "read-only": export.read_only,
-        "connections": export.connections,
-        "queue": image.image.queue_backend,
-        "chain": [f"{layer.path} ({layer.format})" for layer in image.chain],
-        "cluster-size": top.info.cluster_size,
-        "allocated-clusters": top.allocated(),
-        "total-clusters": -(-top.info.size // top.info.cluster_size),
-        "uptime": round(seconds, 3),
-        "operations": dict(counters.operations),
-        "bytes": dict(counters.bytes),
-        "errors": counters.errors,
-        # Bucket n counts requests that took less than 2^n microseconds (and not less than half).
-        "latency-log2-us": list(counters.latency),
-        "stream": None if export.stream is None else export.stream.status(),
-    }
+        if name is not None and not isinstance(name, str):
+            raise UsageError(f"export {name!r}: must be a name")
+        return live.find(self._server, name)
 
 
 def _number(arguments: Arguments, key: str) -> int | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmcow.errors import UsageError
 from mmcow.formats.driver import Kind
@@ -29,11 +30,22 @@ log = logging.getLogger("mmcow.nbd")
 # Errors come in swarms, and some a guest can cause at will: not more than one line in this time.
 LOG_SECONDS = 1.0
 
+# Throughput is told over the time since a look that is at least so old.
+RATE_SECONDS = 0.4
+
 # Of a range that may read as zeros this much is looked at before all of it is.
 GLANCE = 16 << 10
 
 # Extents told in one answer to BLOCK_STATUS: bounds the answer and the time under the lock.
 EXTENTS_MOST = 2048
+
+
+class _Look(NamedTuple):
+    """The counters at one moment."""
+
+    at: float
+    operations: dict[str, int]
+    bytes: dict[str, int]
 
 
 class Counters:
@@ -47,6 +59,7 @@ class Counters:
         self.errors = 0
         self.latency = [0] * self.BUCKETS
         self.started = time.monotonic()
+        self._looks: deque[_Look] = deque([_Look(self.started, {}, {})])
 
     @property
     def requests(self) -> int:
@@ -58,6 +71,32 @@ class Counters:
         self.operations[verb] = self.operations.get(verb, 0) + 1
         self.bytes[verb] = self.bytes.get(verb, 0) + length
         self.latency[min(int(seconds * 1e6).bit_length(), self.BUCKETS - 1)] += 1
+
+    def throughput(self) -> dict[str, Any]:
+        """Operations and bytes per second since somebody last asked (at least ``RATE_SECONDS``
+        ago, however many ask), else since the start; ``seconds`` says how long that is. Nothing is
+        sampled while nobody asks."""
+        now = time.monotonic()
+        looks = self._looks
+        while len(looks) > 1 and looks[1].at <= now - RATE_SECONDS:
+            looks.popleft()
+        if now - looks[-1].at >= RATE_SECONDS / 4:
+            looks.append(_Look(now, dict(self.operations), dict(self.bytes)))
+        seconds = max(now - looks[0].at, 1e-3)
+        return {
+            "seconds": round(seconds, 3),
+            "operations": _rates(self.operations, looks[0].operations, seconds),
+            "bytes": _rates(self.bytes, looks[0].bytes, seconds),
+        }
+
+
+def _rates(now: dict[str, int], before: dict[str, int], seconds: float) -> dict[str, float]:
+    """Per second, of what has changed."""
+    return {
+        verb: round((count - before.get(verb, 0)) / seconds, 1)
+        for verb, count in now.items()
+        if count != before.get(verb, 0)
+    }
 
 
 class Export:

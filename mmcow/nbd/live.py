@@ -1,29 +1,38 @@
 # SPDX-License-Identifier: MIT
-"""Pulling the base into a disk that is being served.
+"""What changes under a disk that is being served: stream, snapshot, growth.
 
-Owns: the stream's state, its pace, and that guests come first.
+Owns: the stream's state, its pace, and that guests come first; the live operations, for whoever
+asks (the control socket, ``mmcow.serving``), and their lines in the log.
 Never: holds a request back for longer than one piece takes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from mmcow.errors import MmcowError, ReadOnlyError, UsageError
+from mmcow.errors import Cancelled, JobError, MmcowError, ReadOnlyError, UsageError
+from mmcow.jobs.snapshot import take
 from mmcow.jobs.stream import let_go, missing
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from mmcow.formats.driver import Driver
     from mmcow.nbd.export import Export
+    from mmcow.nbd.server import Server
+
+log = logging.getLogger("mmcow.nbd")
 
 # A stop repeats at most what was copied since the last flush.
 FLUSH_SECONDS = 10.0
 
 
 class Stream:
-    """One run over one export. ``state``: "running", "paused", "completed", "cancelled" or
-    "failed" (``error`` tells)."""
+    """One run over one export, in the background. ``state``: "running", "paused", "completed",
+    "cancelled" or "failed" (``error`` tells). ``await`` it to wait for its end."""
 
     def __init__(self, export: Export, *, rate: int = 0) -> None:
         image = export.image
@@ -38,8 +47,11 @@ class Stream:
         self.moved = 0  # bytes copied as data
         self.total = image.size
         self._export = export
+        self._failure: Exception | None = None
+        self._task: asyncio.Task[None] | None = None
         self._may_run = asyncio.Event()
         self._may_run.set()
+        self._asked = asyncio.Event()  # something of it was changed while it rests
         self._cancelled = False
 
     @property
@@ -65,9 +77,10 @@ class Stream:
             self._may_run.clear()
 
     def resume(self, rate: int | None = None) -> None:
-        """Go on, at another rate if given."""
+        """Go on, at another rate (bytes a second, 0: none) if given."""
         if rate is not None:
             self.rate = rate
+            self._asked.set()
         if self.state == "paused":
             self.state = "running"
             self._may_run.set()
@@ -76,24 +89,53 @@ class Stream:
         """End after the piece in hand. What was copied stays; a later stream copies the rest."""
         self._cancelled = True
         self._may_run.set()
+        self._asked.set()
 
-    async def run(self) -> None:
-        """Copy everything, then let go of the base. Never raises but CancelledError."""
+    async def wait(self) -> None:
+        """Return when the disk needs its base no more. Cancelled where it was stopped; the error
+        where it failed. A caller that is itself cancelled does not stop the stream."""
+        assert self._task is not None
+        await asyncio.wait([self._task])
+        if self._failure is not None:
+            raise self._failure
+        if self.state != "completed":
+            raise Cancelled(f"{self._export.image.path}: stream")
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self.wait().__await__()
+
+    def start(self, server: Server) -> None:
+        """Begin, as work of the server."""
+        self._task = server.background(self._run())
+
+    async def _run(self) -> None:
+        name = self._export.name
+        log.info("export %r: stream begins", name)
         try:
-            image = self._export.image
-            top = image.engine.top
-            while not (await self._pull(top) and await self._let_go(top)):
-                if self._cancelled:
-                    self.state = "cancelled"
-                    return
-                top = image.engine.top
-            self.done = self.total
-            self.state = "completed"
+            await self._pull_all()
         except asyncio.CancelledError:
             self.state = "cancelled"
             raise
-        except MmcowError as error:
-            self.state, self.error = "failed", str(error)
+        except Exception as error:  # noqa: BLE001 - told to whoever asks, never lost
+            self.state, self.error, self._failure = "failed", str(error), error
+            if not isinstance(error, MmcowError):
+                self._failure = JobError(f"{self._export.image.path}: stream: {error!r}")
+                self._failure.__cause__ = error
+            log.error("export %r: stream failed: %s", name, error)  # noqa: TRY400
+        else:
+            log.info("export %r: stream %s, %d bytes copied", name, self.state, self.moved)
+
+    async def _pull_all(self) -> None:
+        """Copy everything, then let go of the base."""
+        image = self._export.image
+        top = image.engine.top
+        while not (await self._pull(top) and await self._let_go(top)):
+            if self._cancelled:
+                self.state = "cancelled"
+                return
+            top = image.engine.top
+        self.done = self.total
+        self.state = "completed"
 
     async def _pull(self, top: Driver) -> bool:
         """Copy all that ``top`` lacks. False where it was stopped, or a snapshot has put another
@@ -116,7 +158,7 @@ class Stream:
             self.done = min(offset + length, self.total)
             took = loop.time() - began
             busy = self._export.counters.requests != served
-            await asyncio.sleep(self._rest(moved, took, busy=busy))
+            await self._rest(moved, began, took if busy else 0.0)
             if loop.time() - flushed >= FLUSH_SECONDS:
                 await image.flush()
                 flushed = loop.time()
@@ -133,10 +175,61 @@ class Stream:
             return False
         return True
 
-    def _rest(self, moved: int, took: float, *, busy: bool) -> float:
-        """How long to leave the disk to others: what the rate demands, and as long as the piece
-        took while guests are active."""
-        least = took if busy else 0.0
-        if self.rate <= 0:
-            return least
-        return max(moved / self.rate - took, least)
+    async def _rest(self, moved: int, began: float, guests: float) -> None:
+        """Leave the disk to others: what the rate demands, and where guests are active as long as
+        the piece took (``guests``). A new rate counts at once, a cancellation ends it."""
+        loop = asyncio.get_running_loop()
+        least = loop.time() + guests
+        await asyncio.sleep(0)
+        while not self._cancelled:
+            due = max(least, began + moved / self.rate if self.rate > 0 else 0.0)
+            left = due - loop.time()
+            if left <= 0:
+                return
+            self._asked.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._asked.wait()
+
+
+def find(server: Server, name: str | None) -> Export:
+    """The export called ``name``; None: the only one there is."""
+    exports = server.exports
+    if name is None and len(exports) == 1:
+        return next(iter(exports.values()))
+    export = exports.get(name) if name is not None else None
+    if export is None:
+        names = ", ".join(repr(known) for known in exports)
+        asked = "say which export" if name is None else f"no export {name!r}"
+        raise UsageError(f"{asked}; there are: {names}")
+    return export
+
+
+def start_stream(server: Server, export: Export, rate: int = 0) -> Stream:
+    """Begin to pull the base in, at ``rate`` bytes a second at most (0: no limit)."""
+    if export.stream is not None and export.stream.active:
+        raise UsageError(f"export {export.name!r}: a stream is {export.stream.state}")
+    stream = Stream(export, rate=rate)
+    stream.start(server)
+    export.stream = stream
+    return stream
+
+
+async def snapshot(export: Export, name: str, data_file: str | None = None) -> str:
+    """Freeze the running layer as ``name``; returns its path. See ``mmcow.jobs.snapshot``."""
+    image = export.image
+    frozen = await image.perform(
+        lambda: image.reactor.spawn(take(image.image, name, data_file=data_file))
+    )
+    assert isinstance(frozen, str)
+    log.info("export %r: frozen as %s; writes go to %s", export.name, frozen, image.path)
+    return frozen
+
+
+async def grow(export: Export, size: int) -> int:
+    """Make the disk larger, durably; returns its size. Clients see it when they connect again."""
+    if size < export.size:
+        raise UsageError(f"export {export.name!r}: a served disk can only grow")
+    await export.image.resize(size)
+    log.info("export %r: has %d bytes now", export.name, export.size)
+    return export.size

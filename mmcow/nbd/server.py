@@ -18,7 +18,7 @@ import socket as sockets
 import ssl
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from mmcow.errors import StorageError, UsageError
@@ -39,6 +39,25 @@ PORT_MOST = 65535
 PARTING_SECONDS = 5.0
 # Descriptors left for images, listeners and the program around.
 DESCRIPTORS_KEPT = 128
+
+
+class SocketName(NamedTuple):
+    """A name that a listening socket was given: to be removed at the end, unless it has become
+    somebody else's. Absolute: the program around may change its working directory."""
+
+    path: str
+    inode: int
+
+    @classmethod
+    def of(cls, path: str) -> SocketName:
+        """The name that a socket was just bound to."""
+        return cls(os.path.abspath(path), os.stat(path).st_ino)
+
+    def remove(self) -> None:
+        """If it still is the same socket."""
+        with contextlib.suppress(OSError):
+            if os.stat(self.path).st_ino == self.inode:
+                os.unlink(self.path)
 
 
 class Server:
@@ -74,7 +93,7 @@ class Server:
         self.idle_since: float | None = self.loop.time()
         self._max_connections = _affordable(max_connections)
         self._listeners: list[asyncio.Server] = []
-        self._paths: list[tuple[str, int]] = []  # with the inode, to remove nobody else's socket
+        self._names: list[SocketName] = []
         self._parted = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
         self._closed: asyncio.Future[None] | None = None
@@ -89,9 +108,8 @@ class Server:
         except OSError as error:
             raise _unlistenable(error, path) from error
         self._listeners.append(listener)
-        self._paths.append(_lasting_name(path))
-        scheme = "nbd+unix" if self.tls is None else "nbds+unix"
-        return f"{scheme}:///{self._default_name()}?socket={quote(path)}"
+        self._names.append(SocketName.of(path))
+        return self._unix_uri(path)
 
     async def listen_tcp(self, host: str, port: int) -> str:
         """Listen on a TCP port (0: any free one). Returns an NBD URI."""
@@ -102,29 +120,47 @@ class Server:
         except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
             raise _unlistenable(error, f"{host}:{port}") from error
         self._listeners.append(listener)
-        bound = listener.sockets[0].getsockname()
-        shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-        scheme = "nbds" if self.tls is not None else "nbd"
-        return f"{scheme}://{shown}:{bound[1]}/{self._default_name()}"
+        return self._tcp_uri(listener.sockets[0].getsockname())
 
-    async def listen_on(self, given: Sequence[sockets.socket]) -> None:
-        """Listen on sockets that somebody else bound (systemd's socket activation)."""
+    async def listen_on(self, given: Sequence[sockets.socket]) -> list[str]:
+        """Listen on sockets that somebody else bound (systemd's socket activation). Returns their
+        NBD URIs."""
+        uris = []
         for one in given:
+            unix = one.family == sockets.AF_UNIX
+            if one.type != sockets.SOCK_STREAM or not (
+                unix or one.family in (sockets.AF_INET, sockets.AF_INET6)
+            ):
+                raise UsageError(f"{one!r}: is no stream socket of TCP or Unix")
             one.setblocking(False)
             # Not create_unix_server, which may remove the socket's name at the end.
-            self._listeners.append(
-                await self.loop.create_server(self._connect, sock=one, backlog=BACKLOG)
-            )
+            listener = await self.loop.create_server(self._connect, sock=one, backlog=BACKLOG)
+            self._listeners.append(listener)
+            name = one.getsockname()
+            uris.append(self._unix_uri(os.fsdecode(name)) if unix else self._tcp_uri(name))
+        return uris
 
     async def listen_control(
         self, path: str, serve: Callable[..., Coroutine[Any, Any, None]], limit: int
-    ) -> asyncio.Server:
-        """Listen for streams of lines up to ``limit`` bytes on a Unix socket."""
+    ) -> tuple[asyncio.Server, SocketName]:
+        """Listen for streams of lines up to ``limit`` bytes on a Unix socket that only its owner
+        can open."""
         _remove_stale(path)
         try:
-            return await asyncio.start_unix_server(serve, path, limit=limit)
+            private = _bind_private(path)
+            listener = await asyncio.start_unix_server(serve, sock=private, limit=limit)
         except OSError as error:
             raise _unlistenable(error, path) from error
+        return listener, SocketName.of(path)
+
+    def _unix_uri(self, path: str) -> str:
+        scheme = "nbd+unix" if self.tls is None else "nbds+unix"
+        return f"{scheme}:///{self._default_name()}?socket={quote(path)}"
+
+    def _tcp_uri(self, bound: Sequence[Any]) -> str:
+        shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+        scheme = "nbds" if self.tls is not None else "nbd"
+        return f"{scheme}://{shown}:{bound[1]}/{self._default_name()}"
 
     def _default_name(self) -> str:
         return quote(next(iter(self.exports)), safe="") if len(self.exports) == 1 else ""
@@ -190,10 +226,8 @@ class Server:
     def _stop_listening(self) -> None:
         for listener in self._listeners:
             listener.close()
-        for path, inode in self._paths:
-            with contextlib.suppress(OSError):
-                if os.stat(path).st_ino == inode:
-                    os.unlink(path)
+        for name in self._names:
+            name.remove()
 
     async def _close(self) -> None:
         self._stop_listening()
@@ -273,9 +307,18 @@ def _affordable(connections: int) -> int:
     return max(1, min(connections, soft - DESCRIPTORS_KEPT))
 
 
-def _lasting_name(path: str) -> tuple[str, int]:
-    """A socket's name and inode; the program around may change its working directory."""
-    return os.path.abspath(path), os.stat(path).st_ino
+def _bind_private(path: str) -> sockets.socket:
+    """A socket that only its owner can open; nobody can connect before it listens. Not by umask,
+    which is every thread's."""
+    private = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+    try:
+        private.bind(path)
+        os.chmod(path, 0o600)
+        private.setblocking(False)
+    except BaseException:
+        private.close()
+        raise
+    return private
 
 
 def _unlistenable(error: OSError | UnicodeError, where: str) -> UsageError | StorageError:

@@ -200,6 +200,12 @@ class Host(Protocol):
     def real_path(self, path: str) -> str:
         """Where a symbolic link leads; any other path as it is. Need not exist."""
 
+    def absolute(self, path: str) -> str:
+        """``path`` from the root, for a program that may change its working directory."""
+
+    def names(self, directory: str) -> list[str]:
+        """What a directory holds, sorted."""
+
     def take_over(self, old: str, new: str) -> None:
         """Give file ``new`` the owner and mode of ``old``, as far as this user may."""
 

@@ -577,6 +577,15 @@ class LinuxHost:
     def real_path(self, path: str) -> str:
         return os.path.realpath(path) if os.path.islink(path) else path
 
+    def absolute(self, path: str) -> str:
+        return os.path.join(os.getcwd(), path)  # not abspath: "a/.." need not be "."
+
+    def names(self, directory: str) -> list[str]:
+        try:
+            return sorted(os.listdir(directory))
+        except OSError as error:
+            _raise(error, "list", directory)
+
     def take_over(self, old: str, new: str) -> None:
         try:
             facts = os.stat(old)

@@ -230,6 +230,9 @@ class SimHost:
         """There are no symbolic links."""
         return path
 
+    def absolute(self, path: str) -> str:
+        return path
+
     def take_over(self, old: str, new: str) -> None:
         """There are no owners and modes."""
 

@@ -26,8 +26,9 @@ RANKS = [
     ("mmcow.image", 5),
     ("mmcow.aio", 6), ("mmcow.jobs", 7),
     ("mmcow.nbd", 8),
-    ("mmcow.cli", 9),
-    ("mmcow.__main__", 10),
+    ("mmcow.serving", 9),
+    ("mmcow.cli", 10),
+    ("mmcow.__main__", 11),
 ]  # fmt: skip
 # Within a rank: packages may import their own modules.
 PUBLIC = "mmcow"
