@@ -38,6 +38,8 @@ log = logging.getLogger("mmcow.nbd")
 
 HANDSHAKE_SECONDS = 30.0
 REQUESTS_MOST = 128
+# Begun before others get their turn: what is answered at once (holes, trims) is never in flight.
+TURN_MOST = 128
 BYTES_MOST = 32 << 20
 # What is received at once, while options are negotiated and after.
 RECEIVE_OPTIONS = 4 << 10
@@ -252,11 +254,16 @@ class Connection(asyncio.BufferedProtocol):
             if self._filled < self._request.length:
                 return
             self._end_payload(export, self._request)
+        begun = 0
         while not self._held and not self._leaving:
             if self._skip:
                 self._skip_payload()
             if self._have - self._at < _REQUEST:
                 break
+            if begun == TURN_MOST:
+                self._end_turn()
+                break
+            begun += 1
             if not self._begin(export, wire.parse_request(self._receive, self._at)):
                 break
         self._backlog = self._have - self._at >= _REQUEST
@@ -307,8 +314,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def _begin_payload(self, export: Export, request: wire.Request) -> None:
         """Take what is there of a write's payload; the rest is received in place."""
+        try:
+            self._payload = aligned(request.length)
+        except MmcowError as error:
+            self._give_memory(request.length)
+            self._skip, self._refused = request.length, (request, wire.error_of(error), "no memory")
+            export.failed(error)
+            return
         there = min(request.length, self._have - self._at)
-        self._payload = aligned(request.length)
         self._payload[:there] = self._receive[self._at : self._at + there]
         self._at += there
         self._filled = there
@@ -323,6 +336,11 @@ class Connection(asyncio.BufferedProtocol):
             self._send_error(request, *SHUTDOWN)
         else:
             self._start(export, request, payload)
+
+    def _end_turn(self) -> None:
+        """Let others have their turn before this client's next request."""
+        self._hold("turn")
+        self._loop.call_soon(self._release, "turn")
 
     def _skip_payload(self) -> None:
         """Pass over the payload of a write that was refused, then say so."""
@@ -419,9 +437,7 @@ class Connection(asyncio.BufferedProtocol):
         export.counters.count("block_status", request.length, time.monotonic() - began)
         self._send(out)
         if self._have > self._at:
-            # It may have looked at much: others get their turn before this client's next request.
-            self._hold("turn")
-            self._loop.call_soon(self._release, "turn")
+            self._end_turn()  # it may have looked at much
 
     def _send_failure(self, export: Export, request: wire.Request, error: BaseException) -> None:
         """Tell the client in words that name no file of this host, and the log all of it."""

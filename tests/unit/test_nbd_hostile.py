@@ -253,6 +253,33 @@ def test_block_status_of_everything_for_ever_leaves_others_their_turn(tmp_path):
         assert slowest < 1, slowest
 
 
+@pytest.mark.parametrize("command", [nbd.READ, nbd.TRIM, nbd.CACHE, 99])
+def test_many_that_are_answered_at_once_leave_others_their_turn(tmp_path, command):
+    """All of them come to the server before what another client asks; that is not done last."""
+    top = make_overlay(tmp_path, make_raw(tmp_path / "b", b"b" * MIB), SIZE)
+    with (
+        serving(top, tmp_path / "s") as served,
+        connect(served.path) as good,
+        connect(served.path) as bad,
+    ):
+        began, refusal = [], connection.Connection._refusal
+
+        def recorded(self, export, request):
+            began.append(request.cookie)
+            return refusal(self, export, request)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(connection.Connection, "_refusal", recorded)
+            stopped = threading.Event()
+            served.loop.call_soon_threadsafe(stopped.wait, 30)  # until both have asked
+            bad.send(nbd.request(command, 1, SIZE // 2, MIB) * 2000)
+            cookie = good.start(nbd.READ, 0, 1)
+            stopped.set()
+            assert good.next_reply()[1].data == b"b"
+            assert wait_for(lambda: len(began) >= 2001)
+        assert began.index(cookie) <= 4 * connection.TURN_MOST
+
+
 def test_fuzz(tmp_path, rng):
     seed = rng.randrange(1 << 32)
     print("seed", seed)

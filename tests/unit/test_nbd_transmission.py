@@ -442,6 +442,19 @@ class TestErrorsBelow:
                 assert client.read(0, 1) == b"a"
                 assert served.server.exports[""].counters.errors == 3
 
+    @pytest.mark.parametrize("structured", [True, False])
+    def test_no_memory_for_a_buffer(self, served, model, monkeypatch, structured):
+        def failing(size):
+            raise StorageError(errno.ENOMEM, "buffer", "memory")
+
+        with connect(served.path, structured=structured) as client:
+            for command in (nbd.READ, nbd.WRITE):
+                data = b"x" * 100_000 if command == nbd.WRITE else b""
+                with monkeypatch.context() as patch:
+                    patch.setattr(connection, "aligned", failing)
+                    assert client.error_of(command, 0, 100_000 - len(data), data=data) == 12
+                assert client.read(0, 100_000) == model[:100_000]
+
     def test_a_guest_is_told_why_its_first_sector_is_refused(self, tmp_path):
         image = make_raw(tmp_path / "disk.raw", bytes(MIB))
         with serving(image, tmp_path / "g") as served, connect(served.path) as client:
