@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""Measuring: threads, repeats, sides in turn, figures, and stopping half-way."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+import mmcow
+from mmcow.errors import Cancelled, ReadOnlyError, StorageError, UsageError
+from mmcow.jobs import bench
+from mmcow.jobs.bench import Run, Side, Spread, measure
+from mmcow.jobs.latency import Histogram
+from mmcow.jobs.load import Load
+from mmcow.storage.linux import LinuxHost
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = MIB
+
+
+@pytest.fixture
+def raw(tmp_path):
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"\1" * SIZE)
+    return path
+
+
+@pytest.fixture(params=[True, False], ids=["hits", "no hits"])
+def host(request):
+    return LinuxHost(hits=request.param)
+
+
+def made_up_run(iops, count=1000):
+    histogram = Histogram()
+    for _ in range(count):
+        histogram.add(50_000)
+    return Run(4096, count / iops, histogram, Histogram(), Histogram(), 0, 0.01, 0.02)
+
+
+def test_figures_of_a_run():
+    run = made_up_run(2000.0)
+    assert run.count == 1000
+    assert run.iops == pytest.approx(2000)
+    assert run.bandwidth == pytest.approx(2000 * 4096)
+    assert run.cpu_us_per_io == pytest.approx(30)
+
+
+def test_spread_and_ratio():
+    assert Spread.of([3.0]) == (3, 3, 3, 3, 3)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 10.0]) == (2, 3, 4, 1, 10)
+    first = Side("a", [], [made_up_run(iops) for iops in (100, 200, 400)])
+    second = Side("b", [], [made_up_run(iops) for iops in (100, 100, 100)])
+    assert second.ratio(first).median == pytest.approx(2)
+    assert first.ratio(first) == pytest.approx((1, 1, 1, 1, 1))
+
+
+def test_sides_are_interleaved(monkeypatch, raw):
+    order = []
+
+    def run(side, load, number, tracker):
+        order.append((side.name, number))
+        return made_up_run(100.0)
+
+    monkeypatch.setattr(bench, "_run", run)
+    with mmcow.open(raw, format="raw") as image:
+        sides = [Side("a", [image]), Side("b", [image])]
+        measure(sides, Load(count=1), repeat=3)
+    assert order == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
+    assert [len(side.runs) for side in sides] == [3, 3]
+
+
+def test_measured_run_adds_up(raw, host):
+    with mmcow.open(raw, format="raw", host=host) as image:
+        side = Side("a", [image])
+        measure([side], Load(count=2000, random=True, depth=16), repeat=2)
+    for run in side.runs:
+        assert run.count == 2000
+        assert run.writes.count == run.flushes.count == 0
+        # Sixteen at a time: what all requests took together fits sixteen times into the run.
+        assert run.reads.total <= 16 * run.seconds * 1e9 * 1.01
+        assert run.reads.most <= run.seconds * 1e9
+        assert run.user >= 0
+        assert run.system >= 0
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_with_images_of_their_own(raw, host, threads):
+    load = Load(count=1003, random=True, depth=3, threads=threads)
+    with ExitStack() as stack:
+        images = [
+            stack.enter_context(mmcow.open(raw, format="raw", host=host)) for _ in range(threads)
+        ]
+        side = Side("a", images)
+        measure([side], load)
+    assert side.runs[0].count == 1003
+
+
+@pytest.mark.parametrize("flush_every", [0, 4])
+def test_threads_that_write_share_an_image(tmp_path, raw, host, flush_every):
+    mmcow.create(
+        tmp_path / "top.acow", backing="disk.raw", backing_format="raw",
+        options={"cluster_size": "16k"},
+    )  # fmt: skip
+    load = Load(
+        count=600, depth=4, threads=3, read_percent=0, pattern=7, block=4 * KIB,
+        length=192 * KIB, flush_every=flush_every,
+    )  # fmt: skip
+    with mmcow.open(tmp_path / "top.acow", write=True, host=host) as image:
+        side = Side("a", [image])
+        measure([side], load)
+    assert side.runs[0].count == 600
+    assert side.runs[0].flushes.count == (150 if flush_every else 0)
+    with mmcow.open(tmp_path / "top.acow") as image:
+        assert image.read(0, SIZE) == b"\7" * (192 * KIB) + b"\1" * (SIZE - 192 * KIB)
+
+
+def test_progress_rises_to_its_end(raw):
+    seen = []
+    with mmcow.open(raw, format="raw") as image:
+        measure(
+            [Side("a", [image]), Side("b", [image])],
+            Load(count=500), repeat=2, progress=lambda *state: seen.append(state),
+        )  # fmt: skip
+    assert seen[0] == (0, 4 * 500 * 4096)
+    assert seen[-1] == (4 * 500 * 4096,) * 2
+    assert sorted(seen) == seen
+    assert all(done <= total for done, total in seen)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_progress_may_stop_it_and_nothing_stays_in_flight(raw, host, threads):
+    calls = 0
+
+    def progress(done, total):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise Cancelled("bench")
+
+    load = Load(seconds=60, random=True, threads=threads, read_percent=0, pattern=3)
+    with mmcow.open(raw, format="raw", write=True, host=host) as image:
+        with pytest.raises(Cancelled):
+            measure([Side("a", [image])], load, progress=progress)
+        assert image.read(0, 512)
+    assert set(raw.read_bytes()) <= {1, 3}
+
+
+def test_error_in_one_thread_stops_all(raw, monkeypatch):
+    load = Load(seconds=60, random=True, threads=3, depth=2)
+    host = LinuxHost(hits=False)
+    with ExitStack() as stack:
+        images = [stack.enter_context(mmcow.open(raw, format="raw", host=host)) for _ in range(3)]
+
+        def read(offset, into):
+            raise StorageError(5, "read", "the-file")
+
+        monkeypatch.setattr(images[1].engine, "read", read)
+        with pytest.raises(StorageError, match="the-file"):
+            measure([Side("a", images)], load)
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_runs(raw):
+    with mmcow.open(raw, format="raw") as image:
+        side = Side("the-disk", [image])
+        with pytest.raises(ReadOnlyError, match="the-disk"):
+            measure([side], Load(count=1, read_percent=0))
+        with pytest.raises(UsageError, match="the-disk"):
+            measure([side], Load(count=1, start=2 * SIZE))
+        with pytest.raises(UsageError, match="repeat 0"):
+            measure([side], Load(count=1), repeat=0)
+        assert side.runs == []
