@@ -143,6 +143,7 @@ class Stream:
         image = self._export.image
         loop = asyncio.get_running_loop()
         flushed = loop.time()
+        self.total = image.size
         for offset, length in missing(image.image):
             await self._may_run.wait()
             if self._cancelled or image.engine.top is not top:
@@ -165,12 +166,13 @@ class Stream:
         return image.engine.top is top
 
     async def _let_go(self, top: Driver) -> bool:
-        """Drop what lies below ``top``. False where a snapshot was faster and ``top`` is below."""
+        """Drop what lies below ``top``. False where something was faster: a snapshot, and ``top``
+        is below; a growth, and ``top`` lacks what is new."""
         image = self._export.image
         try:
             await image.perform(lambda: image.reactor.spawn(let_go(image.image)))
-        except UsageError:  # the new top lacks nearly everything
-            if image.engine.top is top:
+        except UsageError:
+            if image.engine.top is top and image.size == self.total:
                 raise
             return False
         return True

@@ -15,6 +15,7 @@ import pytest
 import mmcow
 from mmcow.jobs.detach import detach
 from mmcow.nbd.control import LINE_MOST, Control
+from mmcow.nbd.live import Stream
 from tests.unit.nbd_client import Client
 from tests.unit.nbd_serving import serving
 
@@ -156,6 +157,55 @@ def test_stream_pauses_resumes_and_is_cancelled(controlled):
     controlled.wait_for_stream("completed")
     with pytest.raises(RuntimeError, match="no base"):
         controlled.execute("stream")
+
+
+def test_stream_that_rests_for_long_hears_commands(controlled):
+    controlled.execute("stream", rate=1)  # one piece, then twelve days of rest
+    controlled.wait_for_moved()
+    controlled.execute("stream", action="cancel")
+    controlled.wait_for_stream("cancelled")
+    controlled.execute("stream", rate=1)
+    controlled.wait_for_moved()
+    controlled.execute("stream", action="resume", rate=1 << 40)
+    controlled.wait_for_stream("completed")
+
+
+def test_stream_of_a_disk_that_grows(controlled, disk):
+    """Before the last piece, and behind it: what is new has to be in the top layer too."""
+    for size in (2 * SIZE, 3 * SIZE):
+        controlled.execute("stream", rate=1)
+        controlled.wait_for_moved()
+        controlled.execute("resize", size=size)
+        controlled.execute("stream", action="cancel")
+        controlled.wait_for_stream("cancelled")
+    controlled.execute("stream", rate=1)
+    controlled.wait_for_moved()
+    controlled.execute("resize", size=4 * SIZE)
+    controlled.execute("stream", action="resume", rate=1 << 40)
+    stream = controlled.wait_for_stream("completed", "failed")
+    assert (stream["state"], stream["error"], stream["total"]) == ("completed", None, 4 * SIZE)
+    assert controlled.export()["chain"] == [f"{disk} (add-cow)"]
+
+
+@pytest.mark.parametrize("what", ["snapshot", "resize"])
+def test_stream_that_is_overtaken_just_before_its_end(controlled, disk, monkeypatch, what):
+    """The change takes its turn when all is copied and the base is not let go of yet."""
+    pull, overtaken = Stream._pull, []
+
+    async def then_overtaken(self, top):
+        done = await pull(self, top)
+        if done and not overtaken:
+            words = {"snapshot": {"name": "late"}, "resize": {"size": 2 * SIZE}}[what]
+            line = json.dumps({"execute": what, "arguments": words}).encode()
+            overtaken.append(await controlled.control.execute(line))
+        return done
+
+    monkeypatch.setattr(Stream, "_pull", then_overtaken)
+    controlled.execute("stream")
+    stream = controlled.wait_for_stream("completed", "failed")
+    assert (stream["state"], stream["error"]) == ("completed", None)
+    assert "return" in overtaken[0]
+    assert controlled.export()["chain"] == [f"{disk} (add-cow)"]
 
 
 def test_stream_keeps_its_rate(controlled):
