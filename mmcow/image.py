@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import warnings as python_warnings
+from functools import partial
 from itertools import islice
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     from mmcow.tasks import Completion
 
 # Segments looked up under one hold of the lock: others get a turn, memory stays bounded.
-STATUS_BATCH = 4096
+STATUS_BATCH = 1024
+# The same where a survey may go on behind them.
+STATUS_SMALL = 32
 
 # The tests set this: every driver then runs behind the wrapper that asserts its contract.
 CHECK_DRIVERS = False
@@ -65,6 +68,10 @@ class BlockStatus(NamedTuple):
     def is_zero(self) -> bool:
         """Reads as zeros for certain (over the whole chain)."""
         return self.kind in (Kind.ZERO, Kind.BELOW)
+
+
+# From a row of a survey: a third of the time that ``BlockStatus(*row)`` takes, by the million.
+_MAKE_STATUS: partial[BlockStatus] = partial(tuple.__new__, BlockStatus)
 
 
 class LayerReport(NamedTuple):
@@ -240,24 +247,36 @@ class Image:
     def _statuses(self, offset: int, end: int, layer: int | None) -> Iterator[BlockStatus]:
         pending: BlockStatus | None = None
         while offset < end:
-            with self.reactor.lock:
+            with self.reactor.lock:  # the chain that the depths count in may change outside
                 self._check()
                 self._check_layer(layer)
-                walk = self.engine.lookup.block_status(
-                    offset, end - offset, layer or 0, alone=layer is not None
-                )
-                # Under the lock: the chain that the depths count in may change.
-                statuses = [self._status(segment) for segment in islice(walk, STATUS_BATCH)]
-            offset = statuses[-1].offset + statuses[-1].length
-            for status in statuses:
-                if pending is not None and _continues(pending, status):
-                    pending = pending._replace(length=pending.length + status.length)
-                    continue
-                if pending is not None:
+                batch = self._status_batch(offset, end - offset, layer)
+            offset = batch[-1].offset + batch[-1].length
+            if pending is not None:
+                if _continues(pending, batch[0]):
+                    batch[0] = _joined(pending, batch[0])
+                else:
                     yield pending
-                pending = status
+            pending = batch.pop()
+            yield from batch
         if pending is not None:
             yield pending
+
+    def _status_batch(self, offset: int, length: int, layer: int | None) -> list[BlockStatus]:
+        """The next statuses, merged among themselves."""
+        lookup, depth, alone = self.engine.lookup, layer or 0, layer is not None
+        surveyed = lookup.survey(offset, length, depth, _MAKE_STATUS, alone=alone)
+        if surveyed:
+            return surveyed
+        most = STATUS_BATCH if surveyed is None else STATUS_SMALL
+        walk = lookup.block_status(offset, length, depth, alone=alone)
+        batch: list[BlockStatus] = []
+        for status in map(self._status, islice(walk, most)):
+            if batch and _continues(batch[-1], status):
+                batch[-1] = _joined(batch[-1], status)
+            else:
+                batch.append(status)
+        return batch
 
     def _status(self, segment: Segment) -> BlockStatus:
         if segment.host < 0:
@@ -439,6 +458,10 @@ def _continues(first: BlockStatus, second: BlockStatus) -> bool:
         and first.path == second.path
         and (first.host_offset is None or first.host_offset + first.length == second.host_offset)
     )
+
+
+def _joined(first: BlockStatus, second: BlockStatus) -> BlockStatus:
+    return first._replace(length=first.length + second.length)
 
 
 def _report(layer: Layer) -> LayerReport:

@@ -10,6 +10,7 @@ that reaches it. ``present``: some layer has it; ``data``: stored bytes; ``zero`
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from mmcow.cli import drawing, exits, terminal
@@ -29,10 +30,13 @@ from mmcow.formats.driver import Kind
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from mmcow.cli.ui import Ui
     from mmcow.image import BlockStatus, Image
+
+# Lines of JSON written at once.
+LINES = 256
 
 
 class Entry(NamedTuple):
@@ -49,13 +53,23 @@ class Entry(NamedTuple):
 
     def json(self) -> str:
         """As qemu-img writes it."""
-        words = {True: "true", False: "false"}
-        offset = "" if self.offset is None else f', "offset": {self.offset}'
-        return (
-            f'{{ "start": {self.start}, "length": {self.length}, "depth": {self.depth}, '
-            f'"present": {words[self.present]}, "zero": {words[self.zero]}, '
-            f'"data": {words[self.data]}{offset}}}'
-        )
+        offset = self.offset
+        last = "}" if offset is None else f', "offset": {offset}}}'
+        return f'{{ "start": {self.start}, "length": {self.length}{_words(*self[2:6])}{last}'
+
+
+# Written by the million; calling ``Entry`` by name takes twice the time.
+_make_entry: partial[Entry] = partial(tuple.__new__, Entry)
+
+
+@cache
+def _words(depth: int, present: bool, zero: bool, data: bool) -> str:
+    """The middle of an entry's JSON; there are few of them."""
+    words = {True: "true", False: "false"}
+    return (
+        f', "depth": {depth}, "present": {words[present]}, "zero": {words[zero]}, '
+        f'"data": {words[data]}'
+    )
 
 
 def configure_map(parser: Parser) -> None:
@@ -112,30 +126,30 @@ def entries(image: Image, start: int, end: int) -> Iterator[Entry]:
     pending: Entry | None = None
     for status in image.block_status(start, end - start):
         for entry in _translated(status, sizes, raw):
-            if pending is not None and _joins(pending, entry):
-                pending = pending._replace(length=pending.length + entry.length)
-                continue
             if pending is not None:
+                if pending.depth == entry.depth and _joins(pending, entry):
+                    pending = pending._replace(length=pending.length + entry.length)
+                    continue
                 yield pending
             pending = entry
     if pending is not None:
         yield pending
 
 
-def _translated(status: BlockStatus, sizes: list[int], raw: list[bool]) -> Iterator[Entry]:
-    start, length = status.offset, status.length
-    if status.kind is not Kind.BELOW:
-        zero = status.kind is Kind.ZERO
-        offset = status.host_offset
-        if offset is None and raw[status.depth]:
+def _translated(status: BlockStatus, sizes: list[int], raw: list[bool]) -> Sequence[Entry]:
+    start, length, kind, depth, offset, path = status
+    if kind is not Kind.BELOW:
+        zero = kind is Kind.ZERO
+        if offset is None and raw[depth]:
             offset = start  # a hole of a raw disk has a place too
-        yield Entry(start, length, status.depth, True, zero, not zero, offset, status.path)
-        return
+        return (_make_entry((start, length, depth, True, zero, not zero, offset, path)),)
+    found = []
     while length:
         depth, reach = _deepest(sizes, start)
         step = min(length, reach - start)
-        yield Entry(start, step, depth, False, True, False, None, None)
+        found.append(Entry(start, step, depth, False, True, False, None, None))
         start, length = start + step, length - step
+    return found
 
 
 def _deepest(sizes: list[int], offset: int) -> tuple[int, int]:
@@ -161,15 +175,17 @@ def _show_json(ui: Ui, image: Image, start: int, end: int) -> None:
         beyond = Entry(start, 0, 0, False, False, False, None, None)
         ui.out(f"[{beyond.json()}]")
         return
-    # One entry behind, to know which one is the last.
-    before, held = "[", ""
+    # One entry is kept back, to know which one is the last.
+    head = "["
+    held: list[str] = []
     for entry in entries(image, start, end):
-        ui.signals.check("map")
-        if held:
-            ui.out(f"{before}{held},")
-            before = ""
-        held = entry.json()
-    ui.out(f"{before}{held}]")
+        held.append(entry.json())
+        if len(held) > LINES:
+            ui.signals.check("map")
+            ui.out(head + ",\n".join(held[:-1]) + ",")
+            head = ""
+            del held[:-1]
+    ui.out(head + ",\n".join(held) + "]")
 
 
 def _show_table(ui: Ui, image: Image, start: int, end: int) -> None:

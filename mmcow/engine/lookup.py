@@ -8,14 +8,18 @@ Never: waits (metadata is in memory; only ``lseek`` for holes is a call), change
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from mmcow.engine.survey import Regions, survey
 from mmcow.formats.driver import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from mmcow.engine.survey import Row
     from mmcow.formats.driver import Driver, Extent
+
+_T = TypeVar("_T")
 
 
 class Segment(NamedTuple):
@@ -59,8 +63,15 @@ class Lookup:
         Valid as long as nothing changes: take what you need under one hold of the lock.
         """
         walk = self._walk_alone if alone else self._walk
+        regions: dict[int, Regions] = {}
         for segment in _merged(walk(offset, length, depth)):
-            yield from self._split_holes(segment)
+            yield from self._split_holes(segment, regions)
+
+    def survey(
+        self, offset: int, length: int, depth: int, make: Callable[[Row], _T], *, alone: bool
+    ) -> list[_T] | None:
+        """What ``block_status`` says of the beginning, at once: see ``survey.survey``."""
+        return survey(self._layers, offset, offset + length, depth, make, alone=alone)
 
     def extents(self, start: int, end: int) -> list[Extent]:
         """The top layer's own extents over the whole of [start, end)."""
@@ -112,16 +123,17 @@ class Lookup:
             out.append(_Range(start, end, depth))
         return out
 
-    def _split_holes(self, segment: Segment) -> Iterator[Segment]:
+    def _split_holes(self, segment: Segment, regions: dict[int, Regions]) -> Iterator[Segment]:
         if segment.kind is not Kind.DATA:
             yield segment
             return
-        file = self._layers[segment.depth].data
-        offset, length, host = segment.offset, segment.length, segment.host
+        offset, length, _, depth, host = segment
+        known = regions.get(depth)
+        if known is None:
+            known = regions[depth] = Regions(self._layers[depth].data)
         while length:
-            hole, run = file.is_hole(host, length)
-            kind = Kind.ZERO if hole else Kind.DATA
-            yield Segment(offset, run, kind, segment.depth, host)
+            hole, run = known.at(host, length)
+            yield Segment(offset, run, Kind.ZERO if hole else Kind.DATA, depth, host)
             offset, length, host = offset + run, length - run, host + run
 
 

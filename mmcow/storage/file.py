@@ -376,16 +376,16 @@ class File:
         self.size = self.handle.size()
         return self.size
 
-    def is_hole(self, offset: int, length: int) -> tuple[bool, int]:
-        """Whether ``offset`` lies in a hole, and how many bytes from there are alike."""
-        end = offset + length
+    def region(self, offset: int) -> tuple[bool, int]:
+        """Whether ``offset`` lies in a hole, and where that, or the data there, ends. Past the end
+        of the file is a hole without an end."""
         if offset >= self.size:
-            return True, length
+            return True, 1 << 63
         data = self.handle.next_data(offset)
         if data > offset:
-            return True, (length if data >= self.size else min(data, end) - offset)
+            return True, (1 << 63 if data >= self.size else data)
         hole = self.handle.next_hole(offset)
-        return False, min(hole if hole > offset else end, end) - offset
+        return False, hole if hole > offset else 1 << 63
 
     def close(self) -> None:
         """Close every descriptor. No request may be in flight."""

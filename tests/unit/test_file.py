@@ -311,12 +311,13 @@ def test_discard_is_a_hint(bench):
 def test_holes_are_found(bench):
     bench.reactor.run(bench.file.zero(16384, 16384))
     bench.reactor.perform(bench.file.sync)
-    assert bench.file.is_hole(0, 65536) == (False, 16384)
-    assert bench.file.is_hole(16384, 65536 - 16384) == (True, 16384)
-    assert bench.file.is_hole(16384, 100) == (True, 100)
-    assert bench.file.is_hole(32768, 32768) == (False, 32768)
-    assert bench.file.is_hole(65536, 512) == (True, 512)
-    assert bench.file.is_hole(1 << 40, 7) == (True, 7)
+    endless = 1 << 63
+    assert bench.file.region(0) == (False, 16384)
+    assert bench.file.region(16384) == (True, 32768)
+    assert bench.file.region(20480) == (True, 32768)
+    assert bench.file.region(32768) == (False, 65536)
+    assert bench.file.region(65536) == (True, endless)
+    assert bench.file.region(1 << 40) == (True, endless)
 
 
 # ---- durability -----------------------------------------------------------------------------
