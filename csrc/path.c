@@ -42,12 +42,28 @@ struct mmc_path {
     bool awaited;
 };
 
-/* A range of the disk, and the file's bytes that answer for it. */
+/* A read of a fragmented range in more runs than this is a miss. */
+#define PARTS_MAX 16
+
+/* A range of the disk, and the layer whose file answers for it; NULL for zeros. */
 struct place {
     uint64_t offset;
     uint64_t length;
     const struct mmc_layer *layer;
+};
+
+/* Where a whole transfer goes: runs in order, without gaps. */
+struct route {
+    struct place places[PARTS_MAX];
+    uint32_t count;
+    uint32_t stored; /* of them, not zeros */
     bool allocates;
+};
+
+/* One run of a transfer that has several. */
+struct mmc_part {
+    struct mmc_request request; /* first, as in a transfer */
+    struct mmc_transfer *transfer;
 };
 
 /* ---- life --------------------------------------------------------------- */
@@ -202,55 +218,72 @@ int mmc_path_take_written(struct mmc_path *path)
 
 /* ---- finding the bytes -------------------------------------------------- */
 
-/* The clusters that a range touches. */
 static uint64_t first_cluster(const struct mmc_layer *layer, uint64_t offset)
 {
     return offset >> layer->cluster_shift;
 }
 
-static uint64_t clusters(const struct mmc_layer *layer, const struct place *place)
+/* How many clusters a range touches. */
+static uint64_t clusters(const struct mmc_layer *layer, uint64_t offset, uint64_t length)
 {
-    return first_cluster(layer, place->offset + place->length - 1) -
-           first_cluster(layer, place->offset) + 1;
+    return first_cluster(layer, offset + length - 1) - first_cluster(layer, offset) + 1;
 }
 
-/* Whether all of the range is in this layer (1), none of it is (0), or neither (-1). */
-static int has(const struct mmc_layer *layer, const struct place *place)
+/* Cuts `place`, which lies inside the layer, to its first run: 1 where this layer has it, 0 where
+ * it has not, or -1 for a fault, which the long way meets too, and explains. */
+static int first_run(const struct mmc_layer *layer, struct place *place)
 {
-    const uint64_t count = clusters(layer, place);
+    const uint64_t first = first_cluster(layer, place->offset);
     struct mmc_run run;
+    uint64_t end;
 
     if (!layer->view)
         return 1;
-    if (mmc_view_bit_runs(layer->view, layer->bits, first_cluster(layer, place->offset), count,
-                          &run, 1) != 1)
-        return -1; /* a fault: the long way meets it too, and explains it */
-    return run.count == count ? (int)run.value : -1;
+    if (mmc_view_bit_runs(layer->view, layer->bits, first,
+                          clusters(layer, place->offset, place->length), &run, 1) != 1)
+        return -1;
+    end = (run.start + run.count) << layer->cluster_shift;
+    if (end - place->offset < place->length)
+        place->length = end - place->offset;
+    return (int)run.value;
 }
 
-/* A read goes down to the layer that has the range. */
-static int find_read(const struct mmc_path *path, struct place *place)
+static bool add(struct route *route, const struct place *place)
 {
-    uint32_t i;
+    if (route->count == PARTS_MAX)
+        return false;
+    route->places[route->count++] = *place;
+    route->stored += place->layer != NULL;
+    return true;
+}
 
-    for (i = 0; i < path->count; i++) {
-        const struct mmc_layer *layer = &path->layers[i];
+/* Follows a read from layer `depth` down: false where that is a miss. */
+static bool follow(const struct mmc_path *path, uint32_t depth, uint64_t offset, uint64_t end,
+                   struct route *route)
+{
+    const struct mmc_layer *layer = &path->layers[depth];
 
-        if (place->offset >= layer->size)
-            return MMC_ZEROS;
-        if (place->length > layer->size - place->offset)
-            return MMC_MISS;
-        switch (has(layer, place)) {
-        case 1:
-            place->layer = layer;
-            return MMC_STARTED;
-        case 0:
-            break;
-        default:
-            return MMC_MISS;
+    while (offset < end) {
+        struct place place = {offset, end - offset, NULL};
+        int has = 0;
+
+        if (depth == path->count || offset >= layer->size)
+            return add(route, &place);
+        if (place.length > layer->size - offset)
+            place.length = layer->size - offset;
+        has = first_run(layer, &place);
+        if (has < 0)
+            return false;
+        offset += place.length;
+        if (has) {
+            place.layer = layer;
+            if (!add(route, &place))
+                return false;
+        } else if (!follow(path, depth + 1, place.offset, offset, route)) {
+            return false;
         }
     }
-    return path->count ? MMC_ZEROS : MMC_MISS;
+    return true;
 }
 
 /* Whether the range ends at the edges of clusters; the last may be cut by the disk's end. */
@@ -263,49 +296,57 @@ static bool is_whole(const struct mmc_path *path, const struct mmc_layer *layer,
     return (place->offset & rest) == 0 && ((end & rest) == 0 || end == path->size);
 }
 
-static int find_write(const struct mmc_path *path, struct place *place)
+static bool find_write(const struct mmc_path *path, const struct place *range, struct route *route)
 {
-    const struct mmc_layer *top = &path->layers[0];
+    struct place run = *range;
 
     if (!path->count || path->failed || !(path->hits & MMC_PATH_WRITES))
-        return MMC_MISS;
-    if ((path->hits & MMC_PATH_GUARDED) && place->offset < SECTOR)
-        return MMC_MISS;
-    place->layer = top;
-    if (has(top, place) == 1)
-        return MMC_STARTED;
-    if (!(path->hits & MMC_PATH_ALLOCATES) || !is_whole(path, top, place))
-        return MMC_MISS;
-    place->allocates = true;
-    return MMC_STARTED;
+        return false;
+    if ((path->hits & MMC_PATH_GUARDED) && range->offset < SECTOR)
+        return false;
+    if (first_run(&path->layers[0], &run) != 1 || run.length != range->length) {
+        if (!(path->hits & MMC_PATH_ALLOCATES) || !is_whole(path, &path->layers[0], range))
+            return false;
+        route->allocates = true;
+    }
+    run = *range;
+    run.layer = &path->layers[0];
+    return add(route, &run);
 }
 
-static bool is_aligned(const struct mmc_layer *layer, const struct place *place,
-                       const void *address)
+static bool fits(const struct place *place, bool is_write, uintptr_t address)
 {
-    return ((place->offset + layer->start) & (layer->file_align - 1)) == 0 &&
+    const struct mmc_layer *layer = place->layer;
+    const uint64_t start = layer->start + place->offset;
+
+    return start + place->length <= (is_write ? layer->write_end : layer->read_end) &&
+           (start & (layer->file_align - 1)) == 0 &&
            (place->length & (layer->file_align - 1)) == 0 &&
-           ((uintptr_t)address & (layer->memory_align - 1)) == 0;
+           (address & (layer->memory_align - 1)) == 0;
 }
 
-static int find(const struct mmc_path *path, struct place *place, bool is_write,
-                const void *address)
+static int find(const struct mmc_path *path, const struct place *range, bool is_write,
+                const char *address, struct route *route)
 {
-    int rc;
+    uint32_t i;
 
-    if (place->length == 0 || place->length > (is_write ? WRITE_MAX : READ_MAX))
+    if (range->length == 0 || range->length > (is_write ? WRITE_MAX : READ_MAX) || !path->count)
         return MMC_MISS;
-    if (place->offset > path->size || place->length > path->size - place->offset)
+    if (range->offset > path->size || range->length > path->size - range->offset)
         return MMC_MISS;
-    if (is_held(path, place, is_write))
+    if (is_held(path, range, is_write))
         return MMC_MISS;
-    rc = is_write ? find_write(path, place) : find_read(path, place);
-    if (rc != MMC_STARTED)
-        return rc;
-    const uint64_t end = place->layer->start + place->offset + place->length;
-    const uint64_t last = is_write ? place->layer->write_end : place->layer->read_end;
+    if (is_write ? !find_write(path, range, route)
+                 : !follow(path, 0, range->offset, range->offset + range->length, route))
+        return MMC_MISS;
+    for (i = 0; i < route->count; i++) {
+        const struct place *place = &route->places[i];
 
-    return end <= last && is_aligned(place->layer, place, address) ? MMC_STARTED : MMC_MISS;
+        if (place->layer &&
+            !fits(place, is_write, (uintptr_t)address + place->offset - range->offset))
+            return MMC_MISS;
+    }
+    return route->stored ? MMC_STARTED : MMC_ZEROS;
 }
 
 /* ---- in flight ---------------------------------------------------------- */
@@ -336,13 +377,12 @@ static void link_out(struct mmc_path *path, struct mmc_transfer *transfer)
 static int64_t publish(struct mmc_path *path, const struct mmc_transfer *transfer)
 {
     const struct mmc_layer *top = &path->layers[0];
-    const struct place place = {.offset = transfer->offset, .length = transfer->length};
 
     /* A sync has failed meanwhile: nothing is changed any more. */
     if (path->failed)
         return -EIO;
-    return mmc_view_bits_write(top->view, top->bits, first_cluster(top, place.offset),
-                               clusters(top, &place), 1);
+    return mmc_view_bits_write(top->view, top->bits, first_cluster(top, transfer->offset),
+                               clusters(top, transfer->offset, transfer->length), 1);
 }
 
 /* The end of every hit. Bytes that the file lacks were made zeros by the request. */
@@ -360,6 +400,8 @@ static int64_t conclude(struct mmc_transfer *transfer, int64_t result)
     }
     link_out(path, transfer);
     pthread_mutex_unlock(&path->lock);
+    free(transfer->parts);
+    transfer->parts = NULL;
     return result;
 }
 
@@ -370,29 +412,86 @@ static void finish(struct mmc_request *request)
     transfer->finished(transfer, conclude(transfer, request->result));
 }
 
+/* One part is done; the last one ends the transfer. Parts may end in several threads. */
+static void finish_part(struct mmc_request *request)
+{
+    struct mmc_transfer *transfer = ((struct mmc_part *)(void *)request)->transfer;
+    struct mmc_path *path = transfer->path;
+    bool is_last;
+
+    pthread_mutex_lock(&path->lock);
+    if (request->result < 0 && transfer->error == 0)
+        transfer->error = request->result;
+    is_last = --transfer->left == 0;
+    pthread_mutex_unlock(&path->lock);
+    if (is_last)
+        transfer->finished(transfer, conclude(transfer, transfer->error));
+}
+
+/* ---- requests ----------------------------------------------------------- */
+
+static void set_request(struct mmc_request *request, const struct place *place, int code,
+                        char *address)
+{
+    const struct mmc_op op = {.offset = place->layer->start + place->offset,
+                              .length = place->length,
+                              .address = (uintptr_t)address,
+                              .fd = place->layer->fd,
+                              .code = code};
+
+    mmc_request_set(request, &op); /* one buffer, a checked range: no error */
+}
+
+/* Sets up a part for each stored run, and makes the zeros between. */
+static void set_parts(struct mmc_transfer *transfer, const struct route *route, int code,
+                      char *address)
+{
+    uint32_t i;
+
+    for (i = 0; i < route->count; i++) {
+        const struct place *place = &route->places[i];
+        char *at = address + (place->offset - transfer->offset);
+
+        if (!place->layer) {
+            memset(at, 0, place->length);
+            continue;
+        }
+        transfer->parts[transfer->left].transfer = transfer;
+        set_request(&transfer->parts[transfer->left].request, place, code, at);
+        transfer->left++;
+    }
+}
+
 /* Finds the range and, for a hit, counts it as in flight. */
 static int begin(struct mmc_path *path, struct mmc_transfer *transfer, int code, uint64_t offset,
-                 void *address, uint64_t length)
+                 char *address, uint64_t length)
 {
-    struct place place = {.offset = offset, .length = length};
-    struct mmc_op op = {.length = length, .address = (uintptr_t)address, .code = code};
+    const struct place range = {offset, length, NULL};
+    struct route route = {.count = 0};
     int rc;
 
+    transfer->parts = NULL;
+    transfer->left = 0;
+    transfer->error = 0;
     transfer->path = path;
     transfer->offset = offset;
     transfer->length = length;
     transfer->is_write = code == MMC_WRITE;
     pthread_mutex_lock(&path->lock);
-    rc = find(path, &place, transfer->is_write, address);
+    rc = find(path, &range, transfer->is_write, address, &route);
+    if (rc == MMC_STARTED && route.count > 1) {
+        transfer->parts = calloc(route.stored, sizeof(*transfer->parts));
+        rc = transfer->parts ? rc : MMC_MISS;
+    }
     if (rc == MMC_STARTED) {
-        transfer->allocates = place.allocates;
-        op.offset = place.layer->start + offset;
-        op.fd = place.layer->fd;
+        transfer->allocates = route.allocates;
+        if (transfer->parts)
+            set_parts(transfer, &route, code, address);
+        else
+            set_request(&transfer->request, &route.places[0], code, address);
         link_in(path, transfer);
     }
     pthread_mutex_unlock(&path->lock);
-    if (rc == MMC_STARTED)
-        mmc_request_set(&transfer->request, &op); /* one buffer, checked range: no error */
     return rc;
 }
 
@@ -400,12 +499,38 @@ int mmc_path_begin(struct mmc_path *path, struct mmc_transfer *transfer, int cod
                    void *address, uint64_t length, struct mmc_requests *batch)
 {
     const int rc = begin(path, transfer, code, offset, address, length);
+    uint32_t i;
 
     if (rc != MMC_STARTED)
         return rc;
-    transfer->request.owner = finish;
-    mmc_requests_push(batch, &transfer->request);
+    if (!transfer->parts) {
+        transfer->request.owner = finish;
+        mmc_requests_push(batch, &transfer->request);
+        return rc;
+    }
+    for (i = 0; i < transfer->left; i++) {
+        transfer->parts[i].request.owner = finish_part;
+        mmc_requests_push(batch, &transfer->parts[i].request);
+    }
     return rc;
+}
+
+/* Runs what `begin` set up, in this thread. Returns the first error, or 0. */
+static int64_t run(struct mmc_transfer *transfer)
+{
+    int64_t error = 0;
+    uint32_t i;
+
+    if (!transfer->parts) {
+        mmc_request_run(&transfer->request);
+        return transfer->request.result < 0 ? transfer->request.result : 0;
+    }
+    for (i = 0; i < transfer->left && error == 0; i++) {
+        mmc_request_run(&transfer->parts[i].request);
+        if (transfer->parts[i].request.result < 0)
+            error = transfer->parts[i].request.result;
+    }
+    return error;
 }
 
 int64_t mmc_path_transfer(struct mmc_path *path, int code, uint64_t offset, void *address,
@@ -421,6 +546,5 @@ int64_t mmc_path_transfer(struct mmc_path *path, int code, uint64_t offset, void
         memset(address, 0, length);
     if (rc != MMC_STARTED)
         return rc == MMC_ZEROS ? (int64_t)length : 0;
-    mmc_request_run(&transfer.request);
-    return conclude(&transfer, transfer.request.result);
+    return conclude(&transfer, run(&transfer));
 }

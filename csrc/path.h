@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * Requests that need no decision: a table of where bytes are, and transfers that are one
- * read or one write of one file.
+ * write of one file, or a few reads.
  *
  *     load.c  pump.c  mmc_path_transfer     who has requests
  *            path.c                         finds the bytes, or says "miss"
@@ -23,12 +23,17 @@
 #include "request.h"
 
 #define MMC_MISS 0    /* nothing was begun */
-#define MMC_STARTED 1 /* `request` is in the list; `finished` will be called */
+#define MMC_STARTED 1 /* requests are in the list; `finished` will be called */
 #define MMC_ZEROS 2   /* a read that meets nothing but zeros: the caller makes them */
+
+struct mmc_part;
 
 /* One hit. Part of its owner's own structure, which must live until `finished`. */
 struct mmc_transfer {
-    struct mmc_request request; /* first: the queue's handle on it */
+    struct mmc_request request; /* first: the queue's handle on it, where it is one run of a file */
+    struct mmc_part *parts;     /* where it is several */
+    uint32_t left;              /* of them, in flight */
+    int64_t error;              /* of the first that failed */
     struct mmc_path *path;
     struct mmc_transfer *next; /* of those in flight */
     struct mmc_transfer *previous;
