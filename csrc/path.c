@@ -462,9 +462,9 @@ static void set_parts(struct mmc_transfer *transfer, const struct route *route, 
     }
 }
 
-/* Finds the range and, for a hit, counts it as in flight. */
+/* Finds the range and, for a hit of at most `most` stored runs, counts it as in flight. */
 static int begin(struct mmc_path *path, struct mmc_transfer *transfer, int code, uint64_t offset,
-                 char *address, uint64_t length)
+                 char *address, uint64_t length, uint32_t most)
 {
     const struct place range = {offset, length, NULL};
     struct route route = {.count = 0};
@@ -479,6 +479,8 @@ static int begin(struct mmc_path *path, struct mmc_transfer *transfer, int code,
     transfer->is_write = code == MMC_WRITE;
     pthread_mutex_lock(&path->lock);
     rc = find(path, &range, transfer->is_write, address, &route);
+    if (rc == MMC_STARTED && route.stored > most)
+        rc = MMC_MISS;
     if (rc == MMC_STARTED && route.count > 1) {
         transfer->parts = calloc(route.stored, sizeof(*transfer->parts));
         rc = transfer->parts ? rc : MMC_MISS;
@@ -498,7 +500,7 @@ static int begin(struct mmc_path *path, struct mmc_transfer *transfer, int code,
 int mmc_path_begin(struct mmc_path *path, struct mmc_transfer *transfer, int code, uint64_t offset,
                    void *address, uint64_t length, struct mmc_requests *batch)
 {
-    const int rc = begin(path, transfer, code, offset, address, length);
+    const int rc = begin(path, transfer, code, offset, address, length, PARTS_MAX);
     uint32_t i;
 
     if (rc != MMC_STARTED)
@@ -515,36 +517,22 @@ int mmc_path_begin(struct mmc_path *path, struct mmc_transfer *transfer, int cod
     return rc;
 }
 
-/* Runs what `begin` set up, in this thread. Returns the first error, or 0. */
-static int64_t run(struct mmc_transfer *transfer)
-{
-    int64_t error = 0;
-    uint32_t i;
-
-    if (!transfer->parts) {
-        mmc_request_run(&transfer->request);
-        return transfer->request.result < 0 ? transfer->request.result : 0;
-    }
-    for (i = 0; i < transfer->left && error == 0; i++) {
-        mmc_request_run(&transfer->parts[i].request);
-        if (transfer->parts[i].request.result < 0)
-            error = transfer->parts[i].request.result;
-    }
-    return error;
-}
-
 int64_t mmc_path_transfer(struct mmc_path *path, int code, uint64_t offset, void *address,
                           uint64_t length)
 {
     struct mmc_transfer transfer;
+    struct mmc_request *request;
     int rc;
 
     if (path->process != mmc_process())
         return -EBADF;
-    rc = begin(path, &transfer, code, offset, address, length);
+    /* Several runs are read faster side by side, by the queue. */
+    rc = begin(path, &transfer, code, offset, address, length, 1);
     if (rc == MMC_ZEROS)
         memset(address, 0, length);
     if (rc != MMC_STARTED)
         return rc == MMC_ZEROS ? (int64_t)length : 0;
-    return conclude(&transfer, run(&transfer));
+    request = transfer.parts ? &transfer.parts[0].request : &transfer.request;
+    mmc_request_run(request);
+    return conclude(&transfer, request->result);
 }
