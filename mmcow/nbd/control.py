@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from mmcow.nbd.server import Server, SocketName
 
 LINE_MOST = 64 << 10
+# Beyond that the one that is silent for the longest time has to go: monitors that forget to close
+# must use up neither the descriptors that guests need nor keep their owner out.
+CLIENTS_MOST = 64
 PARTING_SECONDS = 5.0
 
 Arguments = dict[str, Any]
@@ -42,6 +45,7 @@ class Control:
         self._quit = quit
         self._listener: asyncio.Server | None = None
         self._name: SocketName | None = None
+        # Who said something last is last.
         self._clients: dict[asyncio.Task[None] | None, asyncio.StreamWriter] = {}
         self._commands: dict[str, Callable[[Arguments], Awaitable[Any]]] = {
             "qmp_capabilities": self._capabilities,
@@ -73,6 +77,8 @@ class Control:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         talk = asyncio.current_task()
+        if len(self._clients) >= CLIENTS_MOST:
+            self._clients.pop(next(iter(self._clients))).transport.abort()
         self._clients[talk] = writer
         try:
             _send(writer, {"mmcow": {"version": mmcow.__version__, "exports": self._names()}})
@@ -84,6 +90,8 @@ class Control:
                     return
                 if not line:
                     return
+                if talk in self._clients:
+                    self._clients[talk] = self._clients.pop(talk)
                 if line.strip():
                     _send(writer, await self.execute(line))
                     await writer.drain()

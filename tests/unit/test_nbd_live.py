@@ -9,15 +9,16 @@ import os
 import socket
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 
 import mmcow
 from mmcow.jobs.detach import detach
-from mmcow.nbd.control import LINE_MOST, Control
+from mmcow.nbd.control import CLIENTS_MOST, LINE_MOST, Control
 from mmcow.nbd.live import Stream
 from tests.unit.nbd_client import Client
-from tests.unit.nbd_serving import serving
+from tests.unit.nbd_serving import open_descriptors, serving
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -355,6 +356,21 @@ def test_control_drops_who_sends_an_endless_line(controlled):
 
 def test_control_socket_is_its_owners_alone(controlled):
     assert os.stat(controlled.path).st_mode & 0o077 == 0
+
+
+def test_control_clients_without_end_keep_nobody_out(controlled):
+    """The silent ones give way, in the order of their silence; who speaks stays."""
+    before = open_descriptors()
+    with ExitStack() as stack:
+        for _ in range(CLIENTS_MOST + 40):
+            silent = stack.enter_context(socket.socket(socket.AF_UNIX))
+            silent.settimeout(30)
+            silent.connect(controlled.path)
+            assert silent.recv(1000).startswith(b'{"mmcow"')
+            assert controlled.execute("flush") == {}
+        # Two descriptors each: both ends are in this process.
+        assert open_descriptors() - before <= CLIENTS_MOST + 40 + CLIENTS_MOST
+        assert controlled.execute("status")["connections"] == 0
 
 
 def test_control_removes_nobody_elses_socket(controlled):
