@@ -17,10 +17,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmcow import native
-from mmcow.errors import ClosedError, StorageError, SyncFailed, UsageError
+from mmcow.errors import ClosedError, LockedError, StorageError, SyncFailed, UsageError
 from mmcow.native import ffi, lib
 from mmcow.ranges import align_up
-from mmcow.storage import locks
+from mmcow.storage import holders, locks
 from mmcow.storage.host import Alignment, Buffer, Handle, Identity, Stat, View
 from mmcow.storage.path import NativePath
 from mmcow.tasks import Completion
@@ -43,6 +43,21 @@ def _stat_of(result: os.stat_result, size: int) -> Stat:
     else:
         identity = Identity(result.st_dev, result.st_ino)
     return Stat(kind, size, identity, int(result.st_mtime), result.st_blocks * 512)
+
+
+def _busy(path: str) -> StorageError:
+    """Why a block device cannot be had alone: named where the kernel lets it be known."""
+    try:
+        identity = _stat_of(os.stat(path), 0).identity
+    except OSError:
+        return StorageError(errno.EBUSY, "open", path)
+    use = holders.device_use(identity)
+    if use is not None:
+        return StorageError(errno.EBUSY, f"open (the device is {use})", path)
+    who = tuple(holders.describe(pid) for pid in holders.device_writers(identity))
+    if who:
+        return LockedError(errno.EBUSY, "open", path, who)
+    return StorageError(errno.EBUSY, "open", path)
 
 
 class LinuxHandle:
@@ -507,6 +522,8 @@ class LinuxHost:
         try:
             descriptor = os.open(path, flags | (os.O_DIRECT if direct else 0))
         except OSError as error:
+            if error.errno == errno.EBUSY and flags & os.O_EXCL:
+                raise _busy(path) from error
             refused = direct and error.errno == errno.EINVAL
             _raise(error, "open with O_DIRECT" if refused else "open", path)
         try:

@@ -6,7 +6,7 @@ lock is a shared (read) lock of one byte on an open file description, so it goes
 descriptor is closed, however the process ends. Taking: lock what is wanted first, then test
 whether anybody else holds a byte that contradicts it; that order makes it free of races.
 
-Owns: taking, changing and dropping the bytes of one descriptor; finding who holds them.
+Owns: taking, changing and dropping the bytes of one descriptor.
 Never: knows which role wants which bytes (``formats.opening.lock_sets``).
 """
 
@@ -15,16 +15,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import stat
 import struct
 import time
 from typing import TYPE_CHECKING
 
 from mmcow.errors import LockedError, StorageError
-from mmcow.storage.host import Identity
+from mmcow.storage import holders
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from mmcow.storage.host import Identity
 
 USE = 100
 DENY = 200
@@ -104,73 +103,6 @@ def _test(descriptor: int, path: str, identity: Identity, byte: int, problem: st
         raise StorageError(error.errno or errno.EIO, "lock", path) from error
     if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
         # We hold the bytes that we want ourselves at this point.
-        found = find_holders(identity, (byte,), but=(os.getpid(), descriptor))
-        holders = tuple(_describe(pid) for pid in found)
-        raise LockedError(errno.EAGAIN, f"lock ({problem})", path, holders)
-
-
-def find_holders(
-    identity: Identity, lock_bytes: Iterable[int], *, but: tuple[int, int] = (-1, -1)
-) -> list[int]:
-    """Processes that hold one of the bytes, as far as /proc tells this user.
-
-    The kernel reports no owner for locks of open file descriptions; /proc/PID/fdinfo lists them.
-    ``but``: a (process, descriptor) that does not count.
-    """
-    wanted = set(lock_bytes)
-    return sorted({pid for pid in _processes() if _holds(pid, identity, wanted, but)})
-
-
-def _processes() -> Iterator[int]:
-    try:
-        names = os.listdir("/proc")
-    except OSError:
-        return
-    for name in names:
-        if name.isdigit():
-            yield int(name)
-
-
-def _holds(pid: int, identity: Identity, wanted: set[int], but: tuple[int, int]) -> bool:
-    directory = f"/proc/{pid}/fdinfo"
-    try:
-        descriptors = os.listdir(directory)
-    except OSError:
-        return False  # ended, or another user's
-    for descriptor in descriptors:
-        if (pid, int(descriptor)) == but:
-            continue
-        try:
-            with open(f"{directory}/{descriptor}", encoding="ascii", errors="replace") as file:
-                lines = [line for line in file if line.startswith("lock:")]
-            # The device number in the line is not stat's on btrfs, the inode not the disk's on a
-            # block device: only the file itself tells.
-            held = any(_covers(line, wanted) for line in lines)
-            if held and _identity(f"/proc/{pid}/fd/{descriptor}") == identity:
-                return True
-        except OSError:
-            continue
-    return False
-
-
-def _identity(path: str) -> Identity:
-    facts = os.stat(path)
-    if stat.S_ISBLK(facts.st_mode):
-        return Identity(-1, facts.st_rdev)
-    return Identity(facts.st_dev, facts.st_ino)
-
-
-def _covers(line: str, wanted: set[int]) -> bool:
-    """``line``: "lock: 1: OFDLCK ADVISORY READ -1 fe:00:123 100 100"."""
-    fields = line.split()
-    first, last = fields[-2], fields[-1]
-    end = max(wanted) if last == "EOF" else int(last)
-    return any(int(first) <= byte <= end for byte in wanted)
-
-
-def _describe(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            return f"{file.read().strip()}, pid {pid}"
-    except OSError:
-        return f"pid {pid}"
+        found = holders.lock_holders(identity, (byte,), but=(os.getpid(), descriptor))
+        who = tuple(holders.describe(pid) for pid in found)
+        raise LockedError(errno.EAGAIN, f"lock ({problem})", path, who)

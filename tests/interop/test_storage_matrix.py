@@ -7,6 +7,7 @@ Loop devices stand for disks, so this runs as root. Both I/O queues, with and wi
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from itertools import product
@@ -251,3 +252,39 @@ def test_direct_io_alignment_is_the_device_s(tmp_path, sector, rng):
             disk.write(offset, data)
             model[offset : offset + len(data)] = data
         assert disk.read(0, 1 << 20) == model
+
+
+def test_a_device_in_use_names_the_user(tmp_path):
+    """O_EXCL refuses before any lock is looked at: who has it is found all the same."""
+    requires("losetup", root=True)
+    image = tmp_path / "device.img"
+    image.write_bytes(bytes(1 << 20))
+    with loop_device(image) as device:
+        with mmcow.open(device, format="raw", write=True):
+            with pytest.raises(mmcow.LockedError) as caught:
+                mmcow.open(device, format="raw", write=True)
+            assert f"pid {os.getpid()}" in str(caught.value)
+            assert caught.value.errno == errno.EBUSY
+        descriptor = os.open(device, os.O_RDWR | os.O_EXCL)  # of a program without QEMU's locks
+        reader = os.open(device, os.O_RDONLY)
+        try:
+            with pytest.raises(mmcow.LockedError, match=f"pid {os.getpid()}"):
+                mmcow.open(device, format="raw", write=True)
+        finally:
+            os.close(descriptor)
+        mmcow.open(device, format="raw", write=True).close()  # a reader is in nobody's way
+        os.close(reader)
+
+
+def test_a_mounted_device_names_the_mount_point(tmp_path):
+    requires_fs("ext4")
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    with mounted("ext4", folder) as point:
+        device = os.stat(point).st_dev
+        node = tmp_path / "node"
+        os.mknod(node, 0o60600, device)
+        with pytest.raises(mmcow.StorageError) as caught:
+            mmcow.open(node, format="raw", write=True)
+        assert not isinstance(caught.value, mmcow.LockedError)
+        assert f"mounted on {point}" in str(caught.value)

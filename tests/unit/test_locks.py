@@ -13,8 +13,8 @@ import mmcow
 from mmcow import LockedError
 from mmcow.formats.opening import Access, lock_sets
 from mmcow.storage.file import Cache
+from mmcow.storage.holders import lock_holders
 from mmcow.storage.linux import LinuxHost
-from mmcow.storage.locks import find_holders
 
 SIZE = 1 << 20
 
@@ -224,8 +224,8 @@ def test_change_of_locks_is_undone_when_it_fails(chain):
         assert held(chain / "base.raw") == {100}
         first.lock(frozenset({0, 1}), frozenset({3}))
         assert held(chain / "base.raw") == {100, 101, 203}
-        assert find_holders(first.identity, (101,)) == [os.getpid()]
-        assert find_holders(first.identity, (102,)) == []
+        assert lock_holders(first.identity, (101,)) == [os.getpid()]
+        assert lock_holders(first.identity, (102,)) == []
     finally:
         first.close()
         second.close()
