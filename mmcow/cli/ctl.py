@@ -176,9 +176,9 @@ def _wait(server: _Server, arguments: argparse.Namespace, ui: Ui) -> Any:
         ui.signals.check("ctl")
         stream = _export(server, arguments)["stream"]
         if stream["state"] not in ("running", "paused"):
-            if stream["state"] == "failed":
-                raise Refused(f"stream: {stream['error']}")
-            return stream
+            if stream["state"] == "completed":
+                return stream
+            raise Refused(f"stream: {stream['error'] or 'was cancelled'}")
         time.sleep(0.2)
 
 

@@ -281,7 +281,9 @@ def _log_to_journal_or_terminal(*, quiet: bool) -> None:
     if os.environ.get("JOURNAL_STREAM"):
         handler.setFormatter(_JournalFormatter("%(name)s: %(message)s"))
     else:
-        handler.setFormatter(logging.Formatter("mmcow: %(message)s"))
+        # The status line is in the way: a line of the log takes its place, and it comes again.
+        clear = "\r\x1b[K" if not quiet and terminal.is_terminal(sys.stderr) else ""
+        handler.setFormatter(logging.Formatter(f"{clear}mmcow: %(message)s"))
     logger = logging.getLogger("mmcow")
     logger.addHandler(handler)
     logger.setLevel(logging.ERROR if quiet else logging.INFO)

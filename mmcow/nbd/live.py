@@ -144,7 +144,10 @@ class Stream:
         loop = asyncio.get_running_loop()
         flushed = loop.time()
         self.total = image.size
+        piece: tuple[int, float, float] | None = None
         for offset, length in missing(image.image):
+            if piece is not None:  # the last one needs no rest behind it
+                await self._rest(*piece)
             await self._may_run.wait()
             if self._cancelled or image.engine.top is not top:
                 return False
@@ -159,7 +162,7 @@ class Stream:
             self.done = min(offset + length, self.total)
             took = loop.time() - began
             busy = self._export.counters.requests != served
-            await self._rest(moved, began, took if busy else 0.0)
+            piece = moved, began, took if busy else 0.0
             if loop.time() - flushed >= FLUSH_SECONDS:
                 await image.flush()
                 flushed = loop.time()

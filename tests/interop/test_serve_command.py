@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -249,6 +250,141 @@ def test_descriptors_that_are_no_listening_sockets_are_told(disk):
             assert ended.returncode == 1, ended.stderr
             assert "LISTEN_FDS" in ended.stderr and "descriptor 3" in ended.stderr
             assert text in ended.stderr
+
+
+def activated(*arguments, descriptors=(), count=None, **environment):
+    """``mmcow serve`` as systemd starts it: its sockets are descriptors from 3 on."""
+    script = (
+        "import os, sys\n"
+        "number = int(sys.argv[1])\n"
+        "given = [int(n) for n in sys.argv[2:2 + number]]\n"
+        "kept = [os.dup2(n, 100 + at) for at, n in enumerate(given)]\n"
+        "for at, n in enumerate(kept): os.dup2(n, 3 + at)\n"
+        "os.environ.update(LISTEN_FDS=os.environ['COUNT'], LISTEN_PID=str(os.getpid()))\n"
+        "rest = sys.argv[2 + number:]\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'mmcow', 'serve', *rest])"
+    )
+    words = [str(len(descriptors)), *map(str, descriptors), *arguments]
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *words],
+        pass_fds=descriptors,
+        env={**os.environ, "COUNT": str(len(descriptors) if count is None else count)}
+        | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_command_is_given_the_uri_of_an_activated_socket(disk, tmp_path):
+    script = (
+        "import os, sys, socket; "
+        "assert not [n for n in os.environ if n.startswith('LISTEN_')]; "
+        "path = sys.argv[1].removeprefix('nbd+unix:///?socket='); "
+        "s = socket.socket(socket.AF_UNIX); s.connect(path); print(s.recv(8).decode())"
+    )
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "given.sock"))
+        listening.listen()
+        process = activated(
+            disk, "--", sys.executable, "-c", script, "{uri}", descriptors=[listening.fileno()]
+        )
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out.strip()) == (0, "NBDMAGIC"), err
+
+
+def test_both_ends_are_told_to_the_service_manager(disk, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(b"\0mmcow-test-" + os.urandom(8).hex().encode())  # abstract, as "@" says
+        notify.settimeout(20)
+        name = notify.getsockname().decode().replace("\0", "@")
+        with Server("--socket", "s", disk, env={**os.environ, "NOTIFY_SOCKET": name}) as server:
+            assert b"READY=1" in notify.recv(100)
+            assert server.stop()[0] == 0
+            assert notify.recv(100) == b"STOPPING=1"
+
+
+def test_control_of_one_of_several(disk):
+    with open("other.raw", "wb") as file:
+        file.truncate(MIB)
+    with Server("--socket", "nbd.sock", "--control", "ctl.sock", disk, "other.raw") as server:
+        assert "say which export" in ctl("flush", status=1)
+        ctl("flush", "--export", "other.raw")
+        ctl("snapshot", "--export", "vm.acow", "--as", "s1")
+        assert "completed" in ctl("stream", "--export", "vm.acow", "--wait")
+        assert "2 MiB" in ctl("resize", "--export", "other.raw", "2M")
+        assert "no export 'nosuch'" in ctl("status", "--export", "nosuch", status=1)
+        assert ctl("status", "--export", "other.raw").startswith("export 'other.raw': other.raw")
+        found = json.loads(ctl("status", "--output=json"))["exports"]
+        assert [export["name"] for export in found] == ["vm.acow", "other.raw"]
+        assert server.stop()[0] == 0
+
+
+def test_status_tells_the_throughput_of_now(disk):
+    with (
+        Server("--socket", "nbd.sock", "--control", "ctl.sock", disk) as server,
+        attach() as client,
+    ):
+        for _ in range(100):
+            client.write(0, b"x" * 65536)
+        time.sleep(0.6)
+        stop = threading.Event()
+
+        def work():
+            while not stop.wait(0.001):
+                client.read(0, 4096)
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        now = [line for line in ctl("status").splitlines() if "now:" in line]
+        stop.set()
+        worker.join()
+        assert "read" in now[0] and "/s)" in now[0]
+        server.stop()
+
+
+def test_a_paused_stream_and_one_that_is_cancelled(disk):
+    with open("large.raw", "wb") as file:
+        file.write(b"l" * 4 * MIB)
+    mmcow.create("large.acow", backing="large.raw", backing_format="raw")
+    with Server("--socket", "nbd.sock", "--control", "ctl.sock", "large.acow") as server:
+        ctl("stream", "--rate", "1")
+        assert "paused" in ctl("stream", "pause")
+        assert "a stream is paused" in ctl("stream", status=1)
+        waiting = subprocess.Popen(
+            [*MMCOW, "ctl", "ctl.sock", "stream", "resume", "--wait"],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 20
+        while "running" not in ctl("status"):
+            assert time.monotonic() < deadline
+        time.sleep(0.5)
+        ctl("stream", "cancel")
+        _, err = waiting.communicate(timeout=20)
+        assert waiting.returncode == 1
+        assert "was cancelled" in err
+        assert "completed" in ctl("stream", "--wait")
+        assert server.stop()[0] == 0
+
+
+def test_requests_that_come_while_it_stops_are_told(disk):
+    """SIGTERM under load: every request is answered, with success or ESHUTDOWN, until the end."""
+    with Server("--socket", "nbd.sock", disk) as server, attach() as client:
+        done = refused = 0
+        server.process.send_signal(signal.SIGTERM)
+        try:
+            while True:
+                client.start(1, 0, data=b"y" * 4096)
+                _, reply = client.next_reply()
+                assert reply.error in (0, 108)
+                done += not reply.error
+                refused += bool(reply.error)
+        except (EOFError, ConnectionError):
+            pass
+        assert server.end()[0] == 0
+    if done:
+        with mmcow.open(disk) as image:
+            assert image.read(0, 4096) == b"y" * 4096
 
 
 @pytest.mark.parametrize(
