@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mmcow.errors import ChainError, LockedError, StorageError, UsageError
 from mmcow.formats import registry
 from mmcow.formats.opening import Access, Opener
+from mmcow.storage import names
 from mmcow.storage.file import Cache
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def open_chain(opener: Opener, path: str, options: ChainOptions) -> list[Layer]:
     try:
         layer = _open_layer(opener, path, options.format, access)
         layers.append(layer)
+        if options.write and options.cache is not Cache.UNSAFE:
+            names.confirm(opener.host, path)
         _note_identities(opener, layer, seen)
         while options.backing and layer.driver.info.has_backing:
             cache = caches[min(len(layers), len(caches)) - 1]

@@ -2,7 +2,8 @@
 """Names that survive a power cut.
 
 Owns: making a file under a temporary name, filling and syncing it, giving it its name and
-syncing the directory, in that order; removing a file so that the removal is durable.
+syncing the directory, in that order; removing a file so that the removal is durable; not relying
+on a name that somebody else gave before it is durable.
 
 Never: leaves a half-written file under the final name.
 """
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mmcow.storage.host import Handle, Host
+
+# A directory of somebody else, a file system without such a thing, a file without a name.
+_NOTHING_TO_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOENT, errno.ENOTDIR)
 
 
 def directory_of(path: str) -> str:
@@ -73,6 +77,17 @@ def install(host: Host, temporary: str, path: str) -> None:
         discard(host, temporary)
         raise
     host.sync_directory(directory_of(path))
+
+
+def confirm(host: Host, path: str) -> None:
+    """Make the name durable under which ``path`` was found: whoever gave it may have been killed
+    before that, and what is flushed into a file is lost with its name. Where the directory cannot
+    be opened, or has no sync, nothing can be done about it."""
+    try:
+        host.sync_directory(directory_of(host.real_path(path)))
+    except StorageError as error:
+        if error.errno not in _NOTHING_TO_SYNC:
+            raise
 
 
 def _link_new(host: Host, temporary: str, path: str) -> None:

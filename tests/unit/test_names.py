@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+import mmcow
 from mmcow import StorageError
 from mmcow.storage import names
 from mmcow.storage.linux import LinuxHost
@@ -127,3 +128,41 @@ def test_missing_directory_is_an_error(host, tmp_path):
     with pytest.raises(StorageError) as caught:
         names.make_file(host, str(tmp_path / "gone" / "x"), fill, replace=False)
     assert caught.value.errno == errno.ENOENT
+
+
+@pytest.mark.parametrize("cache", ["none", "writeback", "unsafe"])
+@pytest.mark.parametrize("format_", ["add-cow", "cow", "raw"])
+def test_name_is_made_durable_when_a_writer_opens_it(host, tmp_path, format_, cache):
+    """Whoever gave it last may have been killed before that."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path = tmp_path / "disk"
+    base = tmp_path / "base"
+    base.write_bytes(bytes(8192))
+    mmcow.create(path, format=format_, size=8192, backing=None if format_ == "raw" else base)
+    (elsewhere / "link").symlink_to(path)
+    synced = []
+    host.sync_directory = synced.append
+    with mmcow.open(elsewhere / "link", host=host):
+        assert synced == []
+    with mmcow.open(elsewhere / "link", write=True, cache=cache, host=host):
+        assert synced == ([] if cache == "unsafe" else [str(tmp_path)])
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EINVAL, errno.EIO])
+def test_name_in_a_directory_that_cannot_be_synced(host, tmp_path, code):
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4096))
+
+    def refuse(directory):
+        raise StorageError(code, "fsync of the directory", directory)
+
+    host.sync_directory = refuse
+    if code != errno.EIO:  # the directory is not ours, or its file system has no such thing
+        with mmcow.open(path, write=True, format="raw", host=host) as image:
+            image.write(0, b"x")
+            image.flush()
+        return
+    with pytest.raises(StorageError) as caught:
+        mmcow.open(path, write=True, format="raw", host=host)
+    assert caught.value.errno == code
