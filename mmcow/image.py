@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from mmcow.engine.lookup import Segment
+    from mmcow.engine.survey import Regions
     from mmcow.formats.driver import Driver
     from mmcow.storage.host import Buffer, Host, Identity
     from mmcow.tasks import Completion
@@ -246,11 +247,14 @@ class Image:
 
     def _statuses(self, offset: int, end: int, layer: int | None) -> Iterator[BlockStatus]:
         pending: BlockStatus | None = None
+        regions: dict[int, Regions] = {}
         while offset < end:
             with self.reactor.lock:  # the chain that the depths count in may change outside
                 self._check()
                 self._check_layer(layer)
-                batch = self._status_batch(offset, end - offset, layer)
+                if self.writable:
+                    regions.clear()
+                batch = self._status_batch(offset, end - offset, layer, regions)
             offset = batch[-1].offset + batch[-1].length
             if pending is not None:
                 if _continues(pending, batch[0]):
@@ -262,14 +266,16 @@ class Image:
         if pending is not None:
             yield pending
 
-    def _status_batch(self, offset: int, length: int, layer: int | None) -> list[BlockStatus]:
+    def _status_batch(
+        self, offset: int, length: int, layer: int | None, regions: dict[int, Regions]
+    ) -> list[BlockStatus]:
         """The next statuses, merged among themselves."""
         lookup, depth, alone = self.engine.lookup, layer or 0, layer is not None
-        surveyed = lookup.survey(offset, length, depth, _MAKE_STATUS, alone=alone)
+        surveyed = lookup.survey(offset, length, depth, _MAKE_STATUS, alone=alone, regions=regions)
         if surveyed:
             return surveyed
         most = STATUS_BATCH if surveyed is None else STATUS_SMALL
-        walk = lookup.block_status(offset, length, depth, alone=alone)
+        walk = lookup.block_status(offset, length, depth, alone=alone, regions=regions)
         batch: list[BlockStatus] = []
         for status in map(self._status, islice(walk, most)):
             if batch and _continues(batch[-1], status):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from mmcow.engine.survey import Regions, survey
+from mmcow.engine.survey import known_regions, survey
 from mmcow.formats.driver import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from mmcow.engine.survey import Row
+    from mmcow.engine.survey import Regions, Row
     from mmcow.formats.driver import Driver, Extent
 
 _T = TypeVar("_T")
@@ -56,22 +56,37 @@ class Lookup:
         return list(_merged(self._walk(offset, length, depth)))
 
     def block_status(
-        self, offset: int, length: int, depth: int = 0, *, alone: bool = False
+        self,
+        offset: int,
+        length: int,
+        depth: int = 0,
+        *,
+        alone: bool = False,
+        regions: dict[int, Regions] | None = None,
     ) -> Iterator[Segment]:
         """The same lazily, with holes of data files as ZERO. ``alone``: of layer ``depth`` only.
 
-        Valid as long as nothing changes: take what you need under one hold of the lock.
+        Valid as long as nothing changes: take what you need under one hold of the lock. The same
+        is true of ``regions``, by layer: what earlier questions have learned of the data files.
         """
         walk = self._walk_alone if alone else self._walk
-        regions: dict[int, Regions] = {}
+        regions = {} if regions is None else regions
         for segment in _merged(walk(offset, length, depth)):
             yield from self._split_holes(segment, regions)
 
     def survey(
-        self, offset: int, length: int, depth: int, make: Callable[[Row], _T], *, alone: bool
+        self,
+        offset: int,
+        length: int,
+        depth: int,
+        make: Callable[[Row], _T],
+        *,
+        alone: bool,
+        regions: dict[int, Regions],
     ) -> list[_T] | None:
         """What ``block_status`` says of the beginning, at once: see ``survey.survey``."""
-        return survey(self._layers, offset, offset + length, depth, make, alone=alone)
+        end = offset + length
+        return survey(self._layers, offset, end, depth, make, alone=alone, regions=regions)
 
     def extents(self, start: int, end: int) -> list[Extent]:
         """The top layer's own extents over the whole of [start, end)."""
@@ -128,9 +143,7 @@ class Lookup:
             yield segment
             return
         offset, length, _, depth, host = segment
-        known = regions.get(depth)
-        if known is None:
-            known = regions[depth] = Regions(self._layers[depth].data)
+        known = known_regions(regions, depth, self._layers[depth].data)
         while length:
             hole, run = known.at(host, length)
             yield Segment(offset, run, Kind.ZERO if hole else Kind.DATA, depth, host)

@@ -45,9 +45,9 @@ _LEAST = 16
 class Regions:
     """Holes and data of a file, remembered from question to question.
 
-    Valid as long as nothing changes: one of it for one hold of the lock. Many extents may lie in
-    one hole, and to find the end of space that was reserved and never written the kernel walks
-    over all of it.
+    Valid as long as nothing changes: one of it for one hold of the lock, or for an image that is
+    only read. Many extents may lie in one hole, and to find the end of space that was reserved
+    and never written the kernel walks over all of it: a second for half a million pieces.
     """
 
     def __init__(self, file: File) -> None:
@@ -61,6 +61,14 @@ class Regions:
             self._hole, self._end = self._file.region(offset)
             self._start = offset
         return self._hole, min(self._end - offset, length)
+
+
+def known_regions(regions: dict[int, Regions], depth: int, file: File) -> Regions:
+    """Those of layer ``depth``, whose data file is ``file``."""
+    found = regions.get(depth)
+    if found is None:
+        found = regions[depth] = Regions(file)
+    return found
 
 
 class _Side(NamedTuple):
@@ -79,6 +87,7 @@ def survey(
     make: Callable[[Row], _T],
     *,
     alone: bool,
+    regions: dict[int, Regions],
 ) -> list[_T] | None:
     """Rows from ``start`` on, each made into what the caller wants.
 
@@ -99,7 +108,7 @@ def survey(
         return []
     borders, first_is_data = found
     sides = (_Side(depth, top.data, table.start), side)
-    columns = _columns(borders, sides if first_is_data else (sides[1], sides[0]))
+    columns = _columns(borders, sides if first_is_data else (sides[1], sides[0]), regions)
     return [] if columns is None else list(map(make, zip(*columns, strict=False)))
 
 
@@ -133,13 +142,15 @@ def _borders(table: Table, start: int, end: int) -> tuple[list[int], bool] | Non
     return borders, bool(values[2])
 
 
-def _columns(borders: list[int], sides: tuple[_Side, _Side]) -> tuple[Iterable[Any], ...] | None:
+def _columns(
+    borders: list[int], sides: tuple[_Side, _Side], regions: dict[int, Regions]
+) -> tuple[Iterable[Any], ...] | None:
     """The columns of the rows, up to the first run that is mixed."""
     kinds: list[Iterable[Kind]] = []
     whole = len(borders) - 1
     for parity, side in enumerate(sides):
         starts, ends = borders[parity:whole:2], borders[parity + 1 : whole + 1 : 2]
-        found = _kinds(side, starts, ends)
+        found = _kinds(side, starts, ends, regions)
         if isinstance(found, list):
             whole = min(whole, 2 * len(found) + parity) if len(found) < len(starts) else whole
             kinds.append(found)
@@ -158,12 +169,13 @@ def _columns(borders: list[int], sides: tuple[_Side, _Side]) -> tuple[Iterable[A
     )
 
 
-def _kinds(side: _Side, starts: list[int], ends: list[int]) -> Kind | list[Kind]:
+def _kinds(
+    side: _Side, starts: list[int], ends: list[int], regions: dict[int, Regions]
+) -> Kind | list[Kind]:
     """What the runs are: all the same, or one by one up to the first that is mixed."""
     if side.file is None or not starts:
         return Kind.BELOW
-    regions = Regions(side.file)
-    start, at = side.start, regions.at
+    start, at = side.start, known_regions(regions, side.depth, side.file).at
     span = ends[-1] - starts[0]
     hole, length = at(starts[0] + start, span)
     if length == span:

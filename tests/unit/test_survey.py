@@ -97,4 +97,19 @@ def test_a_layer_without_a_table_is_left_to_the_walk(disk):
         drivers = image.engine.layers
         lookup = Lookup(drivers)
         drivers[0].inner.table = lambda: None
-        assert lookup.survey(0, image.size, 0, tuple, alone=False) is None
+        assert lookup.survey(0, image.size, 0, tuple, alone=False, regions={}) is None
+
+
+def test_what_is_written_meanwhile_is_no_hole(tmp_path):
+    base, top = tmp_path / "base.raw", tmp_path / "top"
+    mmcow.create(base, size=CLUSTER * CLUSTERS, format="raw")
+    mmcow.create(top, backing="base.raw", backing_format="raw")
+    with mmcow.open(top, write=True) as image:
+        for cluster in range(0, CLUSTERS, 2):
+            image.write(cluster * CLUSTER, b"x" * CLUSTER)
+            image.discard(cluster * CLUSTER, CLUSTER)
+        walk = image.block_status()
+        assert next(walk).kind is mmcow.Kind.ZERO
+        image.write((CLUSTERS - 2) * CLUSTER, b"y" * CLUSTER)
+        found = [status.offset // CLUSTER for status in walk if status.kind is mmcow.Kind.DATA]
+        assert found == [CLUSTERS - 2]
