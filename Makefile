@@ -14,7 +14,7 @@ APT_INTEROP := qemu-utils fio xfsprogs e2fsprogs btrfs-progs qemu-system-x86 bus
 SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help build deps-interop test check fix crash fault fuzz soak sanitize interop storage demo bench clean
+.PHONY: help build deps-interop test check fix crash fault fuzz soak sanitize interop storage demo bench bench-quick bench-clusters clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -86,8 +86,14 @@ sanitize: build ## the C helper's own tests under ASan, UBSan and TSan
 demo: build ## show what mmcow does, step by step
 	bash docs/demo.sh
 
-bench: build ## measure: which cluster size add-cow should have by default
-	$(BIN)/python bench/cluster_size.py
+bench: build deps-interop ## measure beside qemu, fio and nbdkit: bench/results, bench/report.md (half an hour)
+	$(BIN)/python -m bench $(BENCH)
+
+bench-quick: build deps-interop ## a few of these in less than five minutes: build/bench/report.md
+	$(BIN)/python -m bench --quick $(BENCH)
+
+bench-clusters: build ## measure which cluster size add-cow should have by default
+	$(BIN)/python -m bench.cluster_size
 
 clean: ## remove all that was built
 	rm -rf $(VENV) build dist *.egg-info mmcow/_mmc.c mmcow/_mmc*.so

@@ -6,7 +6,7 @@ and 64 KiB at random, 1 MiB in sequence), pairs of write and flush, and reads of
 writes have scattered the disk over two layers; also what an image of 1 TiB costs to create and
 open. In process, through the engine. Prints a table, writes ``bench/results/cluster_size.json``.
 
-    .venv/bin/python bench/cluster_size.py [--rounds N] [--dir FOLDER] [--conditions TEXT]
+    .venv/bin/python -m bench.cluster_size [--rounds N] [--dir FOLDER] [--conditions TEXT]
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common import Spread, describe_host, interleave, save, size_name
-
 import mmcow
+from bench.common import Spread, describe_host, interleave, save, size_name
 from mmcow.native import aligned
 
 if TYPE_CHECKING:

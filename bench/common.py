@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +23,11 @@ import mmcow
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = "results"
+
+# Each prints its version on the first line.
+_PROGRAMS = ("qemu-img", "fio", "nbdkit", "nbdcopy")
 
 
 class Spread(NamedTuple):
@@ -87,8 +92,11 @@ def describe_host(folder: Path) -> dict[str, Any]:
         "kernel": platform.release(),
         "machine": platform.machine(),
         "file_system": _file_system(folder),
+        "device": _device(folder),
         "python": platform.python_version(),
         "mmcow": mmcow.__version__,
+        "commit": _first_line("git", "-C", str(HERE), "rev-parse", "--short", "HEAD"),
+        "programs": {name: _first_line(name, "--version") for name in _PROGRAMS},
     }
 
 
@@ -108,12 +116,45 @@ def _file_system(folder: Path) -> str:
     return kind
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Write a result next to the others."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def _device(folder: Path) -> str:
+    """What the kernel tells of the device below the file system; no names."""
+    number = folder.stat().st_dev
+    block = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not block.exists():
+        return "none"
+    whole = block if (block / "queue").exists() else block.resolve().parent
+    driver = whole.resolve().parent.parent / "driver"
+    kind = driver.resolve().name if driver.exists() else "unknown driver"
+    size = int(_lines(f"{block}/size")[0]) >> 21
+    turning = "rotating" if _lines(f"{whole}/queue/rotational")[0] == "1" else "not rotating"
+    return f"{kind}, {size} GiB, {turning}"
+
+
+def _first_line(*command: str) -> str:
+    """What a program says of itself; nothing if it is not there."""
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return said.stdout.partition("\n")[0].strip()
+
+
+def save(name: str, result: dict[str, Any], out: Path = HERE) -> Path:
+    """Write a result beside the others."""
+    folder = out / RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(_readable(result), encoding="utf-8")
     return path
+
+
+def load_result(out: Path, name: str) -> dict[str, Any] | None:
+    """What ``save`` wrote; None where there is none."""
+    path = out / RESULTS / f"{name}.json"
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def _readable(result: dict[str, Any]) -> str:

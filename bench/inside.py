@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""What is measured inside a process that has nothing else to do: run by the harness.
+
+Owns: the library's calls between two readings of the clock (or of the memory), printed as JSON.
+Never: decides what is measured, cleans up.
+
+    python bench/inside.py extents IMAGE
+    python bench/inside.py create FOLDER SIZE
+    python bench/inside.py open FOLDER SIZE
+    python bench/inside.py memory FOLDER SIZE
+
+FOLDER has a sparse "life-base.raw" of SIZE bytes; the image is "life".
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+
+import mmcow
+
+_SMALL = 64 << 20
+
+
+def extents(image: str) -> dict[str, float]:
+    """Walk all extents."""
+    with mmcow.open(image) as disk:
+        start = time.perf_counter()
+        count = sum(1 for _ in disk.block_status())
+        return {"seconds": time.perf_counter() - start, "extents": count}
+
+
+def create(folder: Path, size: int) -> dict[str, float]:
+    """Create one, durably."""
+    _warm_up(folder)
+    start = time.perf_counter()
+    _create(folder, "life")
+    return {"ms": (time.perf_counter() - start) * 1000, "size": size}
+
+
+def open_(folder: Path, size: int) -> dict[str, float]:
+    """Open one for writing."""
+    _warm_up(folder)
+    _create(folder, "life")
+    start = time.perf_counter()
+    with mmcow.open(folder / "life", write=True) as disk:
+        seconds = time.perf_counter() - start
+        if disk.size != size:
+            raise SystemExit(f"the disk has {disk.size} bytes, not {size}")
+    return {"ms": seconds * 1000}
+
+
+def memory(folder: Path, size: int) -> dict[str, float]:
+    """Open one, read and write 4 KiB in its middle."""
+    _warm_up(folder)
+    _create(folder, "life")
+    gc.collect()
+    before = _resident_kib()
+    with mmcow.open(folder / "life", write=True) as disk:
+        disk.read(size // 2, 4096)
+        disk.write(size // 2, b"m" * 4096)
+        disk.flush()
+        return {"kib": _resident_kib() - before, "process_kib": _resident_kib()}
+
+
+def _create(folder: Path, name: str) -> None:
+    mmcow.create(folder / name, backing="life-base.raw", backing_format="raw")
+
+
+def _warm_up(folder: Path) -> None:
+    """Whatever a first call imports or sets up, on a small disk."""
+    small = folder / "small"
+    with (folder / "small-base.raw").open("wb") as file:
+        file.truncate(_SMALL)
+    mmcow.create(small, backing="small-base.raw", backing_format="raw")
+    with mmcow.open(small, write=True) as disk:
+        disk.read(_SMALL // 2, 4096)
+        disk.write(_SMALL // 2, b"m" * 4096)
+        disk.flush()
+    for name in ("small", "small.raw", "small-base.raw"):
+        (folder / name).unlink()
+
+
+def _resident_kib() -> int:
+    """Exactly: statm is behind by what each CPU has not yet added."""
+    for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines():
+        if line.startswith("Rss:"):
+            return int(line.split()[1])
+    raise SystemExit("smaps_rollup has no Rss")
+
+
+def main() -> None:
+    """Measure what the arguments say."""
+    what, *words = sys.argv[1:]
+    if what == "extents":
+        found = extents(words[0])
+    else:
+        found = {"create": create, "open": open_, "memory": memory}[what](
+            Path(words[0]), int(words[1])
+        )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
