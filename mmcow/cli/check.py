@@ -51,7 +51,7 @@ def run_check(arguments: argparse.Namespace, ui: Ui) -> int:
         raise CommandLineError("check: -r needs the image for itself, -U shares it; use one")
     ui.can_share = not (arguments.repair or arguments.share)
     report = check(path, format=arguments.format, repair=arguments.repair, share=arguments.share)
-    if report.format == "raw":
+    if report.format == "raw" and not report.result.findings:
         ui.note(f"{path}: a raw disk has no metadata to check")
         return exits.NO_CHECKS
     if arguments.output == "json":
@@ -93,6 +93,8 @@ def as_json(report: CheckReport) -> dict[str, Any]:
             {"kind": found.kind, "text": found.text, "fixed": found.fixed}
             for found in result.findings
         ]
+    if report.notes:
+        shown["notes"] = list(report.notes)
     return shown
 
 
@@ -101,6 +103,8 @@ def _tell(report: CheckReport, ui: Ui) -> None:
     name = printable(report.filename)
     for found in result.findings:
         ui.say(printable(f"{found.kind}{' (repaired)' if found.fixed else ''}: {found.text}"))
+    for note in report.notes:
+        ui.say(printable(f"note: {note}"))
     if report.is_clean:
         ui.say(f"{name}: no errors" + (" left" if result.findings else ""))
     if report.corruptions:

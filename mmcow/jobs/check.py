@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mmcow.errors import SyncFailed, UsageError
 from mmcow.image import open_image
+from mmcow.jobs.leftovers import look
 
 if TYPE_CHECKING:
     from mmcow.formats.driver import CheckResult
@@ -20,7 +21,8 @@ _REPAIRS = ("", "leaks", "all")
 
 
 class CheckReport(NamedTuple):
-    """What was found. ``corruptions`` and ``leaks`` are those still there."""
+    """What was found. ``corruptions`` and ``leaks`` are those still there; ``notes`` are about
+    files beside the image that are odd but perhaps wanted."""
 
     filename: str
     format: str
@@ -29,6 +31,7 @@ class CheckReport(NamedTuple):
     leaks: int
     corruptions_fixed: int
     leaks_fixed: int
+    notes: tuple[str, ...] = ()
 
     @property
     def is_clean(self) -> bool:
@@ -45,6 +48,8 @@ def check(
     host: Host | None = None,
 ) -> CheckReport:
     """Check one layer; the files below it are not opened. ``repair``: "", "leaks" or "all".
+
+    Files that killed processes left beside it are leaks too (``jobs.leftovers``).
 
     Repairing needs the image for itself. An image that cannot be opened at all is an error, not
     a report.
@@ -63,6 +68,8 @@ def check(
         except SyncFailed as error:
             engine.flusher.fail(error)
             raise
+        left = look(image, remove=bool(repair))
+        result = result._replace(findings=[*result.findings, *left.findings])
         counts = {
             (kind, fixed): sum(f.kind == kind and f.fixed is fixed for f in result.findings)
             for kind in ("corruption", "leak")
@@ -76,4 +83,5 @@ def check(
             counts["leak", False],
             counts["corruption", True],
             counts["leak", True],
+            tuple(left.notes),
         )

@@ -33,8 +33,12 @@ def directory_of(path: str) -> str:
 def temporary_name(path: str) -> str:
     """A free name in ``path``'s directory for what will become ``path``."""
     directory, base = os.path.split(path)
-    shown = os.fsdecode(os.fsencode(base)[:200])  # names are limited in bytes, not in letters
-    return os.path.join(directory, f".{shown}.{os.urandom(4).hex()}.mmcow-new")
+    return os.path.join(directory, f".{shortened(base)}.{os.urandom(4).hex()}.mmcow-new")
+
+
+def shortened(base: str) -> str:
+    """What of a name stands in a temporary one: names are limited in bytes, not in letters."""
+    return os.fsdecode(os.fsencode(base)[:200])
 
 
 def make_file(host: Host, path: str, fill: Callable[[Handle], None], *, replace: bool) -> None:
