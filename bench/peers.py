@@ -170,13 +170,13 @@ def read_fio(ended: Ended, op: Op) -> Sample:
         job = json.loads(ended.output[ended.output.index("{") :])["jobs"][0]
         done = job[op]
         requests, seconds = int(done["total_ios"]), float(done["runtime"]) / 1000
+        # Percent of the time of all its jobs; what fio does before and after is not in it.
+        busy = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
         if job["error"] or not requests or not seconds:
             raise Failed(f"fio: error {job['error']}, {requests} requests, {seconds} s")
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise Failed(f"fio said {ended.output[:200]!r}") from error
-    return Sample(
-        requests / seconds, {"requests": requests, "seconds": seconds, "cpu_s": ended.cpu}
-    )
+    return Sample(requests / seconds, {"requests": requests, "seconds": seconds, "cpu_s": busy})
 
 
 # ---- nbdkit, nbdcopy ------------------------------------------------------------------------

@@ -130,14 +130,17 @@ def test_qemu_img_bench_is_read():
 
 
 def fio_said(**changes):
-    job = {"error": 0, "read": {"total_ios": 500, "runtime": 250}, "write": {"total_ios": 0}}
+    job = {
+        "error": 0, "read": {"total_ios": 500, "runtime": 250}, "write": {"total_ios": 0},
+        "usr_cpu": 2.0, "sys_cpu": 8.0, "job_runtime": 1000,
+    }  # fmt: skip
     return "nbd+unix:///?socket=/s\n" + json.dumps({"jobs": [job | changes]})
 
 
 def test_fio_is_read_behind_the_line_of_its_nbd_engine():
     found = peers.read_fio(Ended(fio_said(), 1.0, 0.25), "read")
     assert found.value == 2000.0
-    assert found.extras == {"requests": 500, "seconds": 0.25, "cpu_s": 0.25}
+    assert found.extras == {"requests": 500, "seconds": 0.25, "cpu_s": 0.1}
 
 
 @pytest.mark.parametrize(
