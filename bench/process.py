@@ -59,13 +59,18 @@ def run(
         raise Failed(f"{shown(command)}: {error}") from error
     wall = time.perf_counter() - start
     if ended.returncode:
-        raise Failed(f"{shown(command)}: status {ended.returncode}: {ended.stderr.strip()[-500:]}")
+        raise Failed(f"{shown(command)}: status {ended.returncode}: {last_line(ended.stderr)}")
     return Ended(ended.stdout or "", wall, _children_cpu() - before)
 
 
 def shown(command: Sequence[str | Path]) -> str:
     """For a message: the program and what it was told."""
     return " ".join(os.path.basename(os.fspath(part)) for part in command[:8])
+
+
+def last_line(text: str) -> str:
+    """What a program said at its end, which is where errors stand."""
+    return text.strip().rpartition("\n")[2][-500:]
 
 
 def _children_cpu() -> float:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
-from bench.process import Failed, shown
+from bench.process import Failed, last_line, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,8 +65,8 @@ def _wait(process: subprocess.Popen[bytes], command: list[str], socket: Path, er
     end = time.monotonic() + READY_SECONDS
     while not _listens(socket):
         if process.poll() is not None or time.monotonic() > end:
-            said = os.pread(errors, 500, 0).decode(errors="replace").strip()
-            raise Failed(f"{shown(command)} does not listen: {said}")
+            said = os.pread(errors, 1 << 16, 0).decode(errors="replace")
+            raise Failed(f"{shown(command)} does not listen: {last_line(said)}")
         time.sleep(0.01)
 
 
