@@ -23,12 +23,14 @@ from tests.sim import images
 from tests.sim.creation import CreateCase
 from tests.sim.model import Violation
 from tests.sim.renaming import RenameCase
+from tests.sim.serving import ServerCase
 from tests.sim.workload import Case, alphabet, random_sequence
 
 BATCH = 20  # cases that a worker takes at a time
-CREATE, RENAME = "create", "rename"  # beside the variants: of all formats
+CREATE, RENAME, SERVER = "create", "rename", "server"  # beside the variants: of all formats
 WITHOUT_REQUESTS: dict[str | None, Any] = {CREATE: CreateCase, RENAME: RenameCase}
-WHAT = (*images.VARIANTS, CREATE, RENAME)
+OTHERS: dict[str | None, Any] = {**WITHOUT_REQUESTS, SERVER: ServerCase}
+WHAT = (*images.VARIANTS, CREATE, RENAME, SERVER)
 SHOWN = 3  # violations told in full
 
 
@@ -53,8 +55,8 @@ def make_case(number: int, variant: str | None = None) -> tuple[Case, list]:
 def run_case(number: int, variant: str | None = None) -> int:
     """Run one case; returns the number of power cuts."""
     try:
-        if variant in WITHOUT_REQUESTS:
-            other = WITHOUT_REQUESTS[variant](number)
+        if variant in OTHERS:
+            other = OTHERS[variant](number)
             other.run()
             return other.cuts
         case, ops = make_case(number, variant)

@@ -24,7 +24,7 @@ from random import Random
 import mmcow.image
 from mmcow.errors import LayerFailed, MmcowError, SyncFailed
 from tests.sim import images
-from tests.sim.crash import WHAT, WITHOUT_REQUESTS
+from tests.sim.crash import WITHOUT_REQUESTS
 from tests.sim.faults import Fault
 from tests.sim.host import SYNCS
 from tests.sim.model import Violation
@@ -32,6 +32,7 @@ from tests.sim.workload import SECTOR, Case, Op, alphabet, random_sequence, read
 
 ERRNOS = (errno.EIO, errno.ENOSPC)
 SHOWN = 3
+WHAT = (*images.VARIANTS, *WITHOUT_REQUESTS)  # the server draws its own errors (serving)
 
 
 class FaultCase(Case):
