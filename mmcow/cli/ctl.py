@@ -68,7 +68,10 @@ def run_ctl(arguments: argparse.Namespace, ui: Ui) -> int:
     with _Server(arguments.socket) as server:
         if arguments.command == "top":
             return _top(server, arguments, ui)
-        answer = server.execute(arguments.command, _arguments(arguments, server))
+        if _only_waits(arguments, server):
+            answer = None
+        else:
+            answer = server.execute(arguments.command, _arguments(arguments, server))
         if arguments.command == "status":
             answer = _of_now(server, arguments, answer)
         if arguments.command == "stream" and arguments.wait:
@@ -168,6 +171,16 @@ def _export(server: _Server, arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("there are several exports: say --export NAME")
     found: dict[str, Any] = exports[0]
     return found
+
+
+def _only_waits(arguments: argparse.Namespace, server: _Server) -> bool:
+    """Whether ``stream --wait`` meets a stream that somebody has started already."""
+    if arguments.command != "stream" or not arguments.wait:
+        return False
+    if arguments.argument is not None or arguments.rate is not None:
+        return False
+    stream = _export(server, arguments)["stream"]
+    return stream is not None and stream["state"] in ("running", "paused")
 
 
 def _wait(server: _Server, arguments: argparse.Namespace, ui: Ui) -> Any:

@@ -359,10 +359,16 @@ def test_a_paused_stream_and_one_that_is_cancelled(disk):
         while "running" not in ctl("status"):
             assert time.monotonic() < deadline
         time.sleep(0.5)
+        another = subprocess.Popen(
+            [*MMCOW, "ctl", "ctl.sock", "stream", "--wait"], stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(0.7)
+        assert another.poll() is None  # it joins in the waiting
         ctl("stream", "cancel")
-        _, err = waiting.communicate(timeout=20)
-        assert waiting.returncode == 1
-        assert "was cancelled" in err
+        for one in (waiting, another):
+            _, err = one.communicate(timeout=20)
+            assert one.returncode == 1
+            assert "was cancelled" in err
         assert "completed" in ctl("stream", "--wait")
         assert server.stop()[0] == 0
 
