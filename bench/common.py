@@ -126,8 +126,7 @@ def _device(folder: Path) -> str:
     driver = whole.resolve().parent.parent / "driver"
     kind = driver.resolve().name if driver.exists() else "unknown driver"
     size = int(_lines(f"{block}/size")[0]) >> 21
-    turning = "rotating" if _lines(f"{whole}/queue/rotational")[0] == "1" else "not rotating"
-    return f"{kind}, {size} GiB, {turning}"
+    return f"{kind}, {size} GiB"
 
 
 def _first_line(*command: str) -> str:

@@ -14,8 +14,8 @@ from xml.sax.saxutils import escape
 from bench.stats import MET, NOISE, SHORT, UNSURE
 
 _COLOURS = {MET: "#1a7f5a", NOISE: "#b7791f", SHORT: "#c0392b", UNSURE: "#7d5ba6", None: "#5b6770"}
-_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
-_WIDTH, _ROW, _TOP, _LEFT, _RIGHT, _BOTTOM = 860, 22, 40, 300, 120, 44
+_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+_WIDTH, _ROW, _TOP, _LEFT, _RIGHT, _BOTTOM = 900, 22, 40, 310, 150, 44
 
 _HEAD = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '

@@ -32,7 +32,7 @@ _EXTRAS = {
     "server_cpu_s": "server CPU, s", "client_cpu_s": "client CPU, s", "process_mib": "process, MiB",
 }  # fmt: skip
 _INTRODUCTION = (
-    "Made by `make bench` from `results/*.json`; how to read it: [README.md](README.md). Ratios "
+    "Made by `make bench` from `results/*.json`; how to read it: `bench/README.md`. Ratios "
     "above 1 mean that mmcow is faster (or smaller). Each is a median of rounds, with its interval."
 )
 
@@ -173,8 +173,9 @@ def _extras(result: dict[str, Any]) -> list[str]:
     ]
     for cell in result["cells"]:
         for side, found in cell.get("sides", {}).items():
-            shown = (_number(found[name]) if name in found else "" for name in names)
-            lines.append(f"| {cell['name']} | {side} | {' | '.join(shown)} |")
+            shown = [_number(found[name]) if name in found else "" for name in names]
+            if any(shown):
+                lines.append(f"| {cell['name']} | {side} | {' | '.join(shown)} |")
     return [*lines, ""]
 
 
