@@ -19,10 +19,10 @@ Names are imported when they are first used: ``import mmcow`` alone costs nothin
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as type checkers see it; ``typing`` is slow to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from mmcow.errors import (
         Cancelled,
         ChainError,
@@ -103,6 +103,8 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'mmcow' has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415 - the module itself costs nothing
+
     module, original = _PLACES.get(name, ("errors", name))
     value = getattr(import_module(f"mmcow.{module}"), original)
     globals()[name] = value

@@ -29,7 +29,10 @@ values. Programmer errors inside mmcow are assertions and are never caught.
 from __future__ import annotations
 
 import os
-from typing import Any
+
+TYPE_CHECKING = False  # as type checkers see it; ``typing`` is slow to import
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class MmcowError(Exception):

@@ -13,11 +13,10 @@ once per batch, never once per request or extent.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mmcow._mmc import ffi, lib
 from mmcow.errors import StorageError
 
+TYPE_CHECKING = False  # as type checkers see it; ``typing`` is slow to import
 if TYPE_CHECKING:
     from typing import Any
 

@@ -12,7 +12,7 @@ qemu-img's meanings where it has the verb: 0 done, 1 failed; ``compare`` 1 diffe
 
 from __future__ import annotations
 
-from mmcow import errors, tasks
+from mmcow import errors
 from mmcow.cli import sizes, ui
 
 OK = 0
@@ -48,7 +48,7 @@ STATUS: dict[type[BaseException], int] = {
     errors.JobError: FAILED,
     errors.Cancelled: INTERRUPTED,
     errors.Mismatch: DIFFER,
-    tasks.Interrupted: INTERRUPTED,
+    errors.Interrupted: INTERRUPTED,
 }
 
 

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from mmcow.cli import exits
 from mmcow.cli.options import HelpWanted
 from mmcow.cli.ui import CommandLineError, OutputError, Ui
 from mmcow.cli.verbs import VERBS, make_parser, run
-from mmcow.errors import Cancelled, MmcowError
-from mmcow.tasks import Interrupted
+from mmcow.errors import Cancelled, Interrupted, MmcowError
 
+TYPE_CHECKING = False  # as type checkers see it; ``typing`` is slow to import
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -39,15 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     ui = Ui()
     verb = arguments[0] if arguments and arguments[0] in VERBS else ""
+    if verb and VERBS[verb].brief:
+        return _run(arguments, verb, ui)
     with ui.signals.watched(for_good=argv is None):
-        try:
-            status = _dispatch(arguments, ui)
-            ui.flush()
-        # Whatever ends here is told in one line; Cancelled by signal included.
-        except BaseException as error:
-            if isinstance(error, GeneratorExit | SystemExit):
-                raise
-            status = _report(error, verb, ui)
+        return _run(arguments, verb, ui)
+
+
+def _run(arguments: list[str], verb: str, ui: Ui) -> int:
+    try:
+        status = _dispatch(arguments, ui)
+        ui.flush()
+    # Whatever ends here is told in one line; Cancelled by signal included.
+    except BaseException as error:
+        if isinstance(error, GeneratorExit | SystemExit):
+            raise
+        return _report(error, verb, ui)
     return status
 
 
@@ -75,7 +80,7 @@ def _dispatch(arguments: list[str], ui: Ui) -> int:
     try:
         parsed = parser.parse(arguments[1:])
     except HelpWanted:
-        ui.out(parser.format_help().rstrip("\n"))
+        ui.out(parser.full().format_help().rstrip("\n"))
         return exits.OK
     ui.quiet = getattr(parsed, "quiet", False)
     ui.can_share = not getattr(parsed, "share", True)

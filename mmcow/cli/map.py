@@ -178,10 +178,11 @@ def _show_json(ui: Ui, image: Image, start: int, end: int) -> None:
     # One entry is kept back, to know which one is the last.
     head = "["
     held: list[str] = []
+    signals = ui.signals
     for entry in entries(image, start, end):
+        signals.check("map")
         held.append(entry.json())
         if len(held) > LINES:
-            ui.signals.check("map")
             ui.out(head + ",\n".join(held[:-1]) + ",")
             head = ""
             del held[:-1]

@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: MIT
-"""The options that verbs share, and a parser that behaves like qemu-img's.
+"""The options that verbs share, and the reading of plain command lines.
 
-Owns: ``Parser`` (options and operands in any order, errors raised instead of exiting) and one
-function for each group of options, so that an option means the same under every verb.
+Owns: ``Parser`` (what a verb takes; lines that are not plain go to ``parsing``) and one function
+for each group of options, so that an option means the same under every verb.
 
 Never: opens anything, imports the library beyond its errors.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
-import sys
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from mmcow.cli import terminal
-from mmcow.cli.sizes import SizeError, parse_size
-from mmcow.cli.ui import CommandLineError
-
+TYPE_CHECKING = False  # as type checkers see it; ``typing`` is slow to import
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Callable, Sequence
+    from typing import Any
 
-_NUMBER = re.compile(r"(0x[0-9a-f]{1,16})|[0-9]{1,20}", re.IGNORECASE | re.ASCII)
+    from mmcow.cli.parsing import FullParser
+else:
+
+    class Namespace:
+        """As argparse's: attributes."""
+
+        def __init__(self, **values: Any) -> None:
+            vars(self).update(values)
+
+
+_NUMBER = r"(?ia)(0x[0-9a-f]{1,16})|[0-9]{1,20}"
 
 CACHES = "auto, none, writeback, writethrough, directsync or unsafe"
 
@@ -30,147 +34,141 @@ class HelpWanted(Exception):
     """The user asked for help."""
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """argparse makes one for every option, and finds the width by a slow import if not told."""
+class Parser:
+    """One verb's options: noted down, and read without argparse where the line is plain.
 
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=max(terminal.width_of(sys.stdout) - 2, 40))
+    Plain: known options, each with its own value, and as many operands as there are. Whatever is
+    not (``-h``, mistakes, options that take several words) is for argparse, and where both
+    understand a line they understand the same (a test compares them).
+    """
 
-
-class _Help(argparse.Action):
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> NoReturn:
-        raise HelpWanted
-
-
-class _Refused(argparse.Action):
-    """An option that qemu-img has and mmcow has not: say so, instead of "unrecognized"."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> NoReturn:
-        parser.error(f"{option_string} is not supported: {self.metavar}")
-
-
-class Parser(argparse.ArgumentParser):
-    """One verb's parser."""
-
-    def __init__(self, verb: str, summary: str, **settings: Any) -> None:
-        super().__init__(
-            prog=f"mmcow {verb}",
-            description=summary,
-            formatter_class=_Formatter,
-            add_help=False,
-            allow_abbrev=False,
-            **settings,
-        )
+    def __init__(self, verb: str, summary: str) -> None:
         self.verb = verb
-        self._given: list[str] = []
-        self._takes_command = False
-        # "-512M" is a size, not an option: no option of any verb begins with a digit.
-        self._negative_number_matcher = re.compile(r"-[0-9]")
-        self.refused: dict[str, str] = {}
-        self.add_argument("-h", "--help", action=_Help, nargs=0, help="show this help and exit")
+        self._summary = summary
+        self._steps: list[tuple[str, tuple[str, ...], dict[str, Any]]] = []
 
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of exiting: ``main`` decides about exit statuses."""
-        unknown = self._unknown_option()
-        if unknown is not None:  # argparse tells of missing operands first, which misleads
-            message = f"unknown option {unknown}"
-        raise CommandLineError(f"{self.verb}: {message}; see 'mmcow {self.verb} --help'")
+    def add_argument(self, *names: str, **settings: Any) -> None:
+        """As argparse's."""
+        self._steps.append(("add_argument", names, settings))
+
+    def set_defaults(self, **values: Any) -> None:
+        """As argparse's."""
+        self._steps.append(("set_defaults", (), values))
 
     def examples(self, *lines: str) -> None:
         """Show ``lines`` below the options."""
-        self.epilog = "examples:\n" + "\n".join(f"  {line}" for line in lines)
+        self._steps.append(("examples", lines, {}))
 
     def refuse(self, reason: str, *options: str, argument: bool = False) -> None:
         """Answer qemu-img's ``options`` with ``reason``, and leave them out of the help."""
-        for option in options:
-            self.refused[option] = reason
-            self.add_argument(
-                option,
-                action=_Refused,
-                nargs=None if argument else 0,
-                metavar=reason,
-                help=argparse.SUPPRESS,
-            )
+        self._steps.append(("refuse", (reason, *options), {"argument": argument}))
 
     def take_command(self, metavar: str, help: str) -> None:
         """Let ``-- COMMAND...`` end the arguments; it becomes ``namespace.command``."""
-        self._takes_command = True
-        self.description = f"{self.description}\n\n-- {metavar} ...: {help}"
+        self._steps.append(("take_command", (metavar, help), {}))
 
-    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+    def full(self) -> FullParser:
+        """The same for argparse."""
+        from mmcow.cli.parsing import FullParser  # noqa: PLC0415 - slow
+
+        parser = FullParser(self.verb, self._summary)
+        for method, names, settings in self._steps:
+            getattr(parser, method)(*names, **settings)
+        return parser
+
+    def parse(self, arguments: Sequence[str]) -> Namespace:
         """Parse; operands may stand between options, as getopt_long allows."""
-        self._given = list(arguments)
-        command: list[str] = []
-        if self._takes_command and "--" in self._given:
-            index = self._given.index("--")
-            self._given, command = self._given[:index], self._given[index + 1 :]
-        # A usage that is set keeps argparse from formatting one for every parse, just in case.
-        self.usage = self.prog
-        try:
-            parsed = _uncovered(self.parse_intermixed_args(_covered(self._given)))
-            if self._takes_command:
-                parsed.command = command
-            return parsed
-        finally:
-            self.usage = None
+        plain = self.parse_plain(arguments)
+        return self.full().parse(arguments) if plain is None else plain
 
-    def _unknown_option(self) -> str | None:
-        for text in self._given:
-            if text == "--":
+    def parse_plain(self, arguments: Sequence[str]) -> Namespace | None:
+        """The same of a plain line; None of another."""
+        options: dict[str, tuple[str, dict[str, Any]]] = {}
+        operands: list[tuple[str, dict[str, Any]]] = []
+        values: dict[str, Any] = {}
+        for method, names, settings in self._steps:
+            if method in ("take_command", "set_defaults"):
                 return None
-            if not text.startswith("-") or text == "-" or text[1].isdigit():
-                continue
-            flag = text.partition("=")[0] if text.startswith("--") else text[:2]
-            if flag not in self._option_string_actions:
-                return text
-        return None
+            if method == "add_argument" and not names[0].startswith("-"):
+                operands.append((names[0], settings))
+            elif method == "add_argument":
+                name = settings.get("dest") or _name_of(names)
+                unset = _UNSET.get(settings.get("action", ""))
+                values.setdefault(name, settings.get("default", unset))
+                options |= dict.fromkeys(names, (name, settings))
+        try:
+            words = _read_options(arguments, options, values)
+            if len(words) != len(operands):
+                return None
+            for (name, settings), word in zip(operands, words, strict=True):
+                values[name] = _value(settings, word)
+        except (KeyError, StopIteration, _NotPlainError):
+            return None
+        return Namespace(**values)
 
 
-# parse_intermixed_args forgets "--" between its two passes. What follows it and looks like an
-# option is covered by a character that no argument can contain.
-_COVER = "\0"
+def _read_options(
+    arguments: Sequence[str],
+    options: dict[str, tuple[str, dict[str, Any]]],
+    values: dict[str, Any],
+) -> list[str]:
+    """Put the options' values into ``values``; returns the other words."""
+    others: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("-"):
+            others.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        name, settings = options[flag]
+        if equals and not word.startswith("--"):
+            raise _NotPlainError
+        if settings.get("action") != "store_true":
+            values[name] = _value(settings, value if equals else next(words))
+        elif equals:
+            raise _NotPlainError
+        else:
+            values[name] = True
+    return others
 
 
-def _covered(arguments: list[str]) -> list[str]:
-    if "--" not in arguments:
-        return arguments
-    index = arguments.index("--")
-    operands = arguments[index + 1 :]
-    return arguments[:index] + [
-        _COVER + text if text.startswith("-") else text for text in operands
-    ]
+_UNSET = {"store_true": False, "store_false": True}
 
 
-def _uncovered(namespace: argparse.Namespace) -> argparse.Namespace:
-    values = vars(namespace)
-    for name, value in values.items():
-        if isinstance(value, str):
-            values[name] = value.removeprefix(_COVER)
-        elif isinstance(value, list):
-            values[name] = [text.removeprefix(_COVER) for text in value]
-    return namespace
+class _NotPlainError(Exception):
+    """A word that argparse shall look at."""
+
+
+def _name_of(names: tuple[str, ...]) -> str:
+    long = next((name for name in names if name.startswith("--")), names[0])
+    return long.lstrip("-").replace("-", "_")
+
+
+def _value(settings: dict[str, Any], word: str) -> str:
+    """The value of an option or operand that takes exactly one word, as it is."""
+    choices = settings.get("choices")
+    if (
+        not word
+        or word.startswith("-")
+        or settings.keys() & {"action", "nargs", "type", "const"}
+        or (choices is not None and word not in choices)
+    ):
+        raise _NotPlainError
+    return word
 
 
 def size_argument(what: str) -> Callable[[str], int]:
     """A converter for ``add_argument(type=...)``; its errors name ``what``."""
 
     def convert(text: str) -> int:
+        from argparse import ArgumentTypeError  # noqa: PLC0415 - slow
+
+        from mmcow.cli.sizes import SizeError, parse_size  # noqa: PLC0415
+
         try:
             return parse_size(text, what)
         except SizeError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            raise ArgumentTypeError(str(error)) from None
 
     return convert
 
@@ -179,11 +177,14 @@ def number_argument(what: str, least: int, most: int | None = None) -> Callable[
     """The same for plain numbers, decimal or hexadecimal, within bounds."""
 
     def convert(text: str) -> int:
-        found = _NUMBER.fullmatch(text)
+        import re  # noqa: PLC0415 - slow
+        from argparse import ArgumentTypeError  # noqa: PLC0415
+
+        found = re.fullmatch(_NUMBER, text)
         value = int(text, 16 if found[1] else 10) if found else least - 1
         if value < least or (most is not None and value > most):
             bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
-            raise argparse.ArgumentTypeError(f"{what} {text!r}: must be a number {bounds}")
+            raise ArgumentTypeError(f"{what} {text!r}: must be a number {bounds}")
         return value
 
     return convert

@@ -8,14 +8,13 @@ Never: rounds to sectors (the library does), knows an option's name.
 
 from __future__ import annotations
 
-import re
 from math import frexp
 
 from mmcow.errors import UsageError
 
 _SHIFTS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
-_DECIMAL = re.compile(r"([0-9]+)(\.[0-9]*)?([bkmgtpe]?)", re.IGNORECASE | re.ASCII)
-_HEX = re.compile(r"0x[0-9a-f]+", re.IGNORECASE | re.ASCII)
+_DECIMAL = r"(?ia)([0-9]+)(\.[0-9]*)?([bkmgtpe]?)"
+_HEX = r"(?ia)0x[0-9a-f]+"
 _UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 
 SIZE_END = 1 << 63
@@ -36,9 +35,11 @@ def parse_size(text: str, what: str = "size") -> int:
     Powers of 1024; either case; a fraction needs a suffix (or is zero). Hexadecimal numbers
     take no suffix. ``what`` names the value in errors.
     """
-    if _HEX.fullmatch(text):
+    import re  # noqa: PLC0415 - slow, and showing sizes needs none of it
+
+    if re.fullmatch(_HEX, text):
         return _bounded(int(text, 16), text, what)
-    match = _DECIMAL.fullmatch(text)
+    match = re.fullmatch(_DECIMAL, text)
     if match is None:
         raise SizeError(
             what, text, "must be a number of bytes, or one followed by k, M, G, T, P or E"

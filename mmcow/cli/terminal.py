@@ -9,7 +9,10 @@ Never: writes.
 from __future__ import annotations
 
 import os
-from typing import TextIO
+
+TYPE_CHECKING = False  # as type checkers see it; ``typing`` is slow to import
+if TYPE_CHECKING:
+    from typing import TextIO
 
 DEFAULT_WIDTH = 80
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TextIO
 
 from mmcow.cli import terminal
-from mmcow.cli.signals import Signals
 from mmcow.errors import LockedError, MmcowError, UsageError
 
+TYPE_CHECKING = False  # as type checkers see it; ``typing`` is slow to import
 if TYPE_CHECKING:
+    from typing import Any, TextIO
+
+    from mmcow.cli.signals import Signals
     from mmcow.image import Image
 
 PROGRAM = "mmcow"
@@ -64,12 +65,21 @@ class Ui:
     """One run of the command: its output, its signals, the images it has opened."""
 
     def __init__(self) -> None:
-        self.signals = Signals()
+        self._signals: Signals | None = None
         self.quiet = False
         self.can_share = False  # the verb has -U, and the user did not give it
         # What is being opened or worked on, for errors that name no file or another one.
         self.subject: str | None = None
         self._opened: list[tuple[str, frozenset[str]]] = []
+
+    @property
+    def signals(self) -> Signals:
+        """The stop that the user may ask for."""
+        if self._signals is None:
+            from mmcow.cli.signals import Signals  # noqa: PLC0415 - slow
+
+            self._signals = Signals()
+        return self._signals
 
     # ---- standard output ----
 
@@ -116,10 +126,12 @@ class Ui:
         """Nobody takes the output any more: keep the interpreter from trying at exit."""
         stream = sys.__stdout__
         if stream is not None and sys.stdout is stream:
-            with suppress(OSError, ValueError):
+            try:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, stream.fileno())
                 os.close(null)
+            except (OSError, ValueError):
+                pass
 
     # ---- standard error ----
 
@@ -129,18 +141,22 @@ class Ui:
 
     def draw(self, text: str) -> None:
         """Replace the line the cursor is in, on standard error's terminal."""
-        with suppress(OSError, ValueError):
+        try:
             sys.stderr.write("\r\x1b[K" + text)
             sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
 
     def err(self, text: str) -> None:
         """Write one line to standard error as it is."""
         if sys.stderr is None:
             return
-        with suppress(OSError, ValueError):
+        try:
             self.flush_quietly()
             sys.stderr.write(text + "\n")  # standard error always uses backslashreplace
             sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
 
     def warn(self, text: str) -> None:
         """Write a warning."""
@@ -149,8 +165,10 @@ class Ui:
     def flush_quietly(self) -> None:
         """Keep the two streams in order on a terminal."""
         if terminal.is_terminal(sys.stdout):
-            with suppress(OSError, ValueError):
+            try:
                 sys.stdout.flush()
+            except (OSError, ValueError):
+                pass
 
     # ---- what failed ----
 

@@ -10,11 +10,12 @@ Never: imports a verb's module before it is asked for.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+import sys
 
 from mmcow.cli.options import Parser
+from mmcow.records import Record
 
+TYPE_CHECKING = False  # as type checkers see it; ``typing`` is slow to import
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
@@ -22,17 +23,18 @@ if TYPE_CHECKING:
     from mmcow.cli.ui import Ui
 
 
-class Verb(NamedTuple):
+class Verb(Record):
     """A row of the table."""
 
     module: str
     summary: str
+    brief: bool = False  # over at once: no signal needs to be noted
 
 
 VERBS: dict[str, Verb] = {
     "create": Verb("create", "make a new image"),
-    "info": Verb("info", "tell what an image is, without opening what it names"),
-    "probe": Verb("info", "tell which format a file's first bytes claim"),
+    "info": Verb("info", "tell what an image is, without opening what it names", brief=True),
+    "probe": Verb("info", "tell which format a file's first bytes claim", brief=True),
     "map": Verb("map", "show what each layer holds"),
     "check": Verb("check", "examine an image, and repair it"),
     "compare": Verb("compare", "tell whether two disks read the same"),
@@ -65,4 +67,6 @@ def run(name: str, arguments: argparse.Namespace, ui: Ui) -> int:
 
 
 def _module(verb: Verb) -> object:
-    return import_module(f"mmcow.cli.{verb.module}")
+    name = f"mmcow.cli.{verb.module}"
+    __import__(name)
+    return sys.modules[name]

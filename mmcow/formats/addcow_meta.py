@@ -32,11 +32,13 @@ and never written; a header size other than max(4096, cluster size) is refused, 
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import dataclass
-
 from mmcow.errors import CorruptError, UnsupportedError, UsageError
 from mmcow.ranges import SECTOR, align_up, units_for
+from mmcow.records import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAGIC_V20 = b"ACOW"
 MAGIC_OLD = b"ADD_COW\xff"
@@ -58,51 +60,84 @@ V10_BACKING_FILE = 1
 V10_NO_PROBE = 2
 
 
-class HeaderV20(ctypes.LittleEndianStructure):
-    """v18 to v20: the fixed part."""
+# The fixed parts: fields with their sizes in bytes. Up to 8 bytes make a number, but for "magic".
+_V20 = (
+    ("magic", 4),
+    ("backing_filename_offset", 4),
+    ("backing_filename_size", 4),
+    ("image_filename_offset", 4),
+    ("image_filename_size", 4),
+    ("cluster_bits", 4),
+    ("features", 8),
+    ("compat_features", 8),
+    ("header_size", 4),
+    ("backing_fmt", FORMAT_NAME),
+    ("image_fmt", FORMAT_NAME),
+)
+_V10 = (
+    ("magic", 8),
+    ("version", 4),
+    ("backing_filename_offset", 4),
+    ("backing_filename_size", 4),
+    ("image_filename_offset", 4),
+    ("image_filename_size", 4),
+    ("features", 8),
+)
+_V7 = (
+    ("magic", 8),
+    ("version", 4),
+    ("backing_file", V7_NAME),
+    ("image_file", V7_NAME),
+    ("reserved", 500),
+)
+_STRUCTURES = {"HeaderV20": _V20, "HeaderV10": _V10, "HeaderV7": _V7}
 
-    _pack_ = 1
-    _fields_ = (
-        ("magic", ctypes.c_uint8 * 4),
-        ("backing_filename_offset", ctypes.c_uint32),
-        ("backing_filename_size", ctypes.c_uint32),
-        ("image_filename_offset", ctypes.c_uint32),
-        ("image_filename_size", ctypes.c_uint32),
-        ("cluster_bits", ctypes.c_uint32),
-        ("features", ctypes.c_uint64),
-        ("compat_features", ctypes.c_uint64),
-        ("header_size", ctypes.c_uint32),
-        ("backing_fmt", ctypes.c_uint8 * FORMAT_NAME),
-        ("image_fmt", ctypes.c_uint8 * FORMAT_NAME),
-    )
+
+def _is_number(name: str, size: int) -> bool:
+    return size <= 8 and name != "magic"
 
 
-class HeaderV10(ctypes.LittleEndianStructure):
-    """v10: the fixed part."""
-
-    _pack_ = 1
-    _fields_ = (
-        ("magic", ctypes.c_uint8 * 8),
-        ("version", ctypes.c_uint32),
-        ("backing_filename_offset", ctypes.c_uint32),
-        ("backing_filename_size", ctypes.c_uint32),
-        ("image_filename_offset", ctypes.c_uint32),
-        ("image_filename_size", ctypes.c_uint32),
-        ("features", ctypes.c_uint64),
-    )
+def _read(fields: tuple[tuple[str, int], ...], data: bytes) -> dict[str, int]:
+    """The numbers of a little-endian fixed part; without ctypes, which is slow to import."""
+    values = {}
+    start = 0
+    for name, size in fields:
+        if _is_number(name, size):
+            values[name] = int.from_bytes(data[start : start + size], "little")
+        start += size
+    return values
 
 
-class HeaderV7(ctypes.BigEndianStructure):
-    """v7: the whole header."""
+def _place(fields: tuple[tuple[str, int], ...], name: str) -> int:
+    """The offset of a field."""
+    start = 0
+    for field, size in fields:
+        if field == name:
+            return start
+        start += size
+    raise AssertionError(name)
 
-    _pack_ = 1
-    _fields_ = (
-        ("magic", ctypes.c_uint8 * 8),
-        ("version", ctypes.c_uint32),
-        ("backing_file", ctypes.c_uint8 * V7_NAME),
-        ("image_file", ctypes.c_uint8 * V7_NAME),
-        ("reserved", ctypes.c_uint8 * 500),
-    )
+
+def __getattr__(name: str) -> Any:
+    """The ctypes structures ``HeaderV20``, ``HeaderV10`` and ``HeaderV7``, for those who change a
+    header: made when first asked for."""
+    if name not in _STRUCTURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import ctypes  # noqa: PLC0415 - not for those who only read
+
+    numbers = {4: ctypes.c_uint32, 8: ctypes.c_uint64}
+    base: Any = ctypes.BigEndianStructure if name == "HeaderV7" else ctypes.LittleEndianStructure
+    fields = [
+        (field, numbers[size] if _is_number(field, size) else ctypes.c_uint8 * size)
+        for field, size in _STRUCTURES[name]
+    ]
+    made = type(base)(name, (base,), {"_pack_": 1, "_fields_": fields})
+    globals()[name] = made
+    return made
+
+
+def _structure(name: str) -> Any:
+    return globals().get(name) or __getattr__(name)
 
 
 class Span(tuple[int, int]):
@@ -118,8 +153,7 @@ class Span(tuple[int, int]):
 _NOWHERE = Span((0, 0))
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(Record):
     """A valid header, and the arithmetic of the bitmap that follows it."""
 
     variant: str  # "v20", "v18", "v10", "v7"
@@ -199,7 +233,7 @@ def header_bytes(prefix: bytes) -> int:
     """How many bytes ``parse`` wants to see, told by the file's first 4096 (any bytes at all)."""
     if not prefix.startswith(MAGIC_V20) or len(prefix) < V20_FIXED:
         return V10_HEADER
-    return min(max(int(HeaderV20.from_buffer_copy(prefix).header_size), V20_FIXED), HEADER_MOST)
+    return min(max(_read(_V20, prefix)["header_size"], V20_FIXED), HEADER_MOST)
 
 
 def parse(path: str, data: bytes, length: int) -> Header:
@@ -231,22 +265,24 @@ def _require_length(path: str, length: int, needed: int) -> None:
 
 def _parse_v20(path: str, data: bytes, length: int) -> Header:
     _require_length(path, length, V20_FIXED)
-    fields = HeaderV20.from_buffer_copy(data)
-    if fields.features:
-        raise UnsupportedError(path, "features", fields.features, "an unknown incompatible feature")
-    bits = int(fields.cluster_bits)
+    fields = _read(_V20, data)
+    if fields["features"]:
+        problem = "an unknown incompatible feature"
+        raise UnsupportedError(path, "features", fields["features"], problem)
+    bits = fields["cluster_bits"]
     if bits not in CLUSTER_BITS_READ:
         kind = CorruptError if bits < CLUSTER_BITS_READ.start else UnsupportedError
         raise kind(path, "cluster_bits", bits, "must be 12 to 21 (9 to 21 in v18)")
     size = max(4096, 1 << bits)
-    if fields.header_size != size:
-        raise UnsupportedError(path, "HEADER_SIZE", fields.header_size, f"only {size} is supported")
+    if fields["header_size"] != size:
+        problem = f"only {size} is supported"
+        raise UnsupportedError(path, "HEADER_SIZE", fields["header_size"], problem)
     _require_length(path, length, size)
     raw = data[:size]
     backing = _span(path, "backing", fields, V20_FIXED, raw, strict=True)
     image = _span(path, "image", fields, V20_FIXED, raw, strict=True)
-    backing_format = _format_name(path, "backing_fmt", bytes(fields.backing_fmt))
-    image_format = _format_name(path, "image_fmt", bytes(fields.image_fmt))
+    backing_format = _format_name(path, "backing_fmt", raw[44:60])
+    image_format = _format_name(path, "image_fmt", raw[60:76])
     if bool(backing_format) != bool(backing[1]):
         problem = "empty beside a backing file" if backing[1] else "there is no backing file"
         raise CorruptError(path, "backing_fmt", backing_format, problem)
@@ -268,7 +304,7 @@ def _parse_v20(path: str, data: bytes, length: int) -> Header:
             image,
             backing_format or None,
             image_format,
-            int(fields.compat_features),
+            fields["compat_features"],
         ),
     )
 
@@ -276,20 +312,20 @@ def _parse_v20(path: str, data: bytes, length: int) -> Header:
 def _parse_v10(path: str, data: bytes, length: int) -> Header:
     _require_length(path, length, V10_HEADER)
     raw = data[:V10_HEADER]
-    fields = HeaderV10.from_buffer_copy(raw)
-    if fields.features & ~(V10_BACKING_FILE | V10_NO_PROBE):
-        raise UnsupportedError(path, "features", fields.features, "an unknown feature")
+    fields = _read(_V10, raw)
+    if fields["features"] & ~(V10_BACKING_FILE | V10_NO_PROBE):
+        raise UnsupportedError(path, "features", fields["features"], "an unknown feature")
     # "Undefined if none", says the text of the backing name's size.
     backing = _span(path, "backing", fields, V10_FIXED, raw, strict=False)
     image = _span(path, "image", fields, V10_FIXED, raw, strict=True)
-    if bool(fields.features & V10_BACKING_FILE) != bool(backing[1]):
+    if bool(fields["features"] & V10_BACKING_FILE) != bool(backing[1]):
         raise CorruptError(
             path,
             "features",
-            fields.features,
+            fields["features"],
             "disagrees with backing_filename_offset on a backing file",
         )
-    known = "raw" if backing[1] and fields.features & V10_NO_PROBE else None
+    known = "raw" if backing[1] and fields["features"] & V10_NO_PROBE else None
     header = Header("v10", raw, 1 << V10_CLUSTER_BITS, backing, image, known, "raw", 0)
     return _with_names(path, header)
 
@@ -299,14 +335,14 @@ def _parse_v7(path: str, data: bytes, length: int) -> Header:
     raw = data[:V7_HEADER]
     spans = []
     for field in ("backing_file", "image_file"):
-        descriptor = getattr(HeaderV7, field)
-        area = raw[descriptor.offset : descriptor.offset + V7_NAME]
+        start = _place(_V7, field)
+        area = raw[start : start + V7_NAME]
         # What follows the first NUL is a finding of ``check`` only: removing a name longer than
         # a sector would otherwise have a moment in which the image does not open.
         size = area.find(b"\0")
         if size < 0:
             raise CorruptError(path, field, area[:32], f"no NUL in its {V7_NAME} bytes")
-        spans.append(Span((descriptor.offset, size)))
+        spans.append(Span((start, size)))
     backing, image = spans
     if not image[1]:
         raise CorruptError(path, "image_file", "", "must not be empty")
@@ -314,7 +350,7 @@ def _parse_v7(path: str, data: bytes, length: int) -> Header:
 
 
 def _span(
-    path: str, role: str, fields: HeaderV20 | HeaderV10, low: int, raw: bytes, *, strict: bool
+    path: str, role: str, fields: dict[str, int], low: int, raw: bytes, *, strict: bool
 ) -> Span:
     """Check a name's bounds: low <= offset <= end - 2, 0 < size < end - low, offset + size <= end.
 
@@ -322,7 +358,7 @@ def _span(
     """
     end = len(raw)
     offset_field, size_field = f"{role}_filename_offset", f"{role}_filename_size"
-    offset, size = int(getattr(fields, offset_field)), int(getattr(fields, size_field))
+    offset, size = fields[offset_field], fields[size_field]
     if offset == 0 and role == "backing":
         if size and strict:
             raise CorruptError(path, size_field, size, "must be 0: there is no backing file")
@@ -377,7 +413,7 @@ def build_v20(
     """
     end = max(4096, cluster_size)
     _require_names(path, backing, image, V20_FIXED, end)
-    fields = HeaderV20(
+    fields = _structure("HeaderV20")(
         cluster_bits=cluster_size.bit_length() - 1,
         compat_features=compat_features,
         header_size=end,
@@ -398,7 +434,7 @@ def build_v20(
 def build_v10(path: str, backing: bytes, backing_is_raw: bool, image: bytes) -> bytes:
     """A v10 header (4096 bytes). ``backing_is_raw`` sets the flag that forbids probing."""
     _require_names(path, backing, image, V10_FIXED, V10_HEADER)
-    fields = HeaderV10(
+    fields = _structure("HeaderV10")(
         version=1,
         image_filename_offset=V10_FIXED + len(backing),
         image_filename_size=len(image),
@@ -418,7 +454,7 @@ def build_v7(path: str, backing: bytes, image: bytes) -> bytes:
         if len(name) > most:
             raise UsageError(f"{path}: name {_shown(name)} has {len(name)} bytes, v7 takes {most}")
     _require_text(path, backing, image)
-    fields = HeaderV7(version=1)
+    fields = _structure("HeaderV7")(version=1)
     _put(fields.magic, MAGIC_OLD)
     _put(fields.backing_file, backing)
     _put(fields.image_file, image)
@@ -455,7 +491,7 @@ def without_all_allocated(header: Header) -> bytes:
 
 def _with_compat(header: Header, compat_features: int) -> bytes:
     raw = bytearray(header.raw)
-    HeaderV20.from_buffer(raw).compat_features = compat_features
+    _structure("HeaderV20").from_buffer(raw).compat_features = compat_features
     return bytes(raw)
 
 
@@ -468,11 +504,11 @@ def without_backing(header: Header) -> bytes:
     image_start, image_size = header.image_span
     raw[image_start : image_start + image_size] = kept  # a foreign file's names may overlap
     if header.modern:
-        fields = HeaderV20.from_buffer(raw)
+        fields = _structure("HeaderV20").from_buffer(raw)
         fields.backing_filename_offset = fields.backing_filename_size = 0
         _put(fields.backing_fmt, b"")
     elif header.variant == "v10":
-        old = HeaderV10.from_buffer(raw)
+        old = _structure("HeaderV10").from_buffer(raw)
         old.backing_filename_offset = old.backing_filename_size = 0
         old.features = 0
     return bytes(raw)
@@ -516,7 +552,7 @@ def _v7_steps(header: Header, target: bytes) -> list[bytes]:
     of a short name in that sector hides it. Only between two names of 500 bytes and more there
     is no safe order."""
     raw, steps = header.raw, []
-    image, backing = HeaderV7.image_file.offset, HeaderV7.backing_file.offset
+    image, backing = _place(_V7, "image_file"), _place(_V7, "backing_file")
     for offset, name in ((image, header.image), (backing, header.backing)):
         border = offset + SECTOR - offset % SECTOR
         parts = [(border, offset + 1024), (offset, border)]
@@ -528,8 +564,8 @@ def _v7_steps(header: Header, target: bytes) -> list[bytes]:
 
 def _with_names_moved(header: Header, delta: int) -> bytes:
     """The header with both names ``delta`` bytes further; not for v7."""
-    structure = HeaderV20 if header.modern else HeaderV10
-    fixed = ctypes.sizeof(structure)
+    structure = _structure("HeaderV20" if header.modern else "HeaderV10")
+    fixed = V20_FIXED if header.modern else V10_FIXED
     raw = bytearray(header.raw[:fixed] + bytes(delta) + header.raw[fixed : len(header.raw) - delta])
     fields = structure.from_buffer(raw)
     fields.image_filename_offset += delta
@@ -586,7 +622,7 @@ def _shown(name: bytes) -> str:
     return repr(text if len(text) <= 64 else text[:61] + "...")
 
 
-def _put(field: ctypes.Array[ctypes.c_uint8], value: bytes) -> None:
+def _put(field: Any, value: bytes) -> None:
     """Fill a byte array field, zero-padded."""
     assert len(value) <= len(field)
     field[:] = list(value.ljust(len(field), b"\0"))

@@ -11,9 +11,8 @@ Never: reads image content, walks chains (``chain`` does).
 from __future__ import annotations
 
 import os
-import re
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from mmcow.errors import (
     ChainError,
@@ -23,6 +22,9 @@ from mmcow.errors import (
     StorageError,
     UsageError,
 )
+from mmcow.formats.naming import Inspection as Inspection  # noqa: PLC0414 - part of this contract
+from mmcow.formats.naming import lock_sets as lock_sets  # noqa: PLC0414
+from mmcow.formats.naming import resolve as resolve  # noqa: PLC0414
 from mmcow.ranges import SIZE_MOST
 from mmcow.storage.file import Cache, File
 
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from mmcow.formats.driver import Driver
     from mmcow.storage.host import Handle, Host, IOQueue
     from mmcow.tasks import Reactor
-
-_PROTOCOL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 class Policy(Protocol):
@@ -77,46 +77,6 @@ class Access(NamedTuple):
     top: bool  # False for everything below the top layer
     share: bool  # -U: tolerate writers, take no denying lock
     cache: Cache
-
-
-# QEMU's permission bits: 0 consistent read, 1 write, 3 resize.
-_READ, _WRITE, _RESIZE = 0, 1, 3
-
-
-def lock_sets(access: Access, *, raw: bool) -> tuple[frozenset[int], frozenset[int]]:
-    """Permission bits (used, denied to others) of a file opened for ``access``.
-
-    ``raw``: the file is a raw disk of its own, not an image's metadata or data file: others may
-    still resize it.
-    """
-    if access.share:
-        return frozenset({_READ}), frozenset()
-    if access.write:
-        if raw:
-            return frozenset({_READ, _WRITE}), frozenset({_WRITE})
-        return frozenset({_READ, _WRITE, _RESIZE}), frozenset({_WRITE, _RESIZE})
-    if access.top:
-        return frozenset({_READ}), frozenset({_WRITE})
-    return frozenset({_READ}), frozenset({_WRITE, _RESIZE})
-
-
-def resolve(path: str, role: str, name: str) -> str:
-    """The path that ``name``, found in image ``path``, stands for.
-
-    Relative names are relative to the directory of the image itself, not of a symbolic link to it:
-    a bitmap must not meet another disk's data file. Names with a protocol prefix
-    ("nbd:", "json:", "file:") are refused: an image must not choose how it is opened.
-    """
-    if not name:
-        raise ChainError(path, role, name, "the name is empty")
-    if "\0" in name:
-        raise ChainError(path, role, name, "the name contains a NUL byte")
-    if _PROTOCOL.match(name) and not name.startswith(("/", ".")):
-        shown = repr(f"./{name}")[1:-1]
-        problem = f"names with a protocol prefix are not followed; write {shown} for a file of"
-        raise DeniedError(path, role, name, f"{problem} that name")
-    own = os.path.realpath(path) if os.path.islink(path) else path
-    return os.path.join(os.path.dirname(own), name)
 
 
 class Opener:
@@ -196,19 +156,6 @@ class CreateRequest(NamedTuple):
     backing_mtime: int  # seconds; 0 when unknown
     backing_is_raw: bool
     options: dict[str, str]
-
-
-class Inspection(NamedTuple):
-    """What a header tells without opening anything it names. ``size`` None: not in the header."""
-
-    format: str
-    variant: str
-    size: int | None
-    cluster_size: int | None
-    backing: str | None
-    backing_format: str | None
-    data_file: str | None
-    details: dict[str, Any]
 
 
 class Format(ABC):

@@ -14,13 +14,29 @@ Errors: every method raises ``StorageError`` (errno kept) when the system refuse
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from mmcow.storage.facts import Alignment, Identity, Stat
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mmcow.storage.path import NativePath
     from mmcow.tasks import Completion
+
+__all__ = [
+    "FALLOCATE_PUNCH",
+    "FALLOCATE_RESERVE",
+    "FALLOCATE_ZERO",
+    "Alignment",
+    "Buffer",
+    "Handle",
+    "Host",
+    "IOQueue",
+    "Identity",
+    "Stat",
+    "View",
+]
 
 # What can be read from, and what can be written into: any contiguous buffer.
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -29,30 +45,6 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 FALLOCATE_RESERVE = 0x01
 FALLOCATE_PUNCH = 0x02 | 0x01
 FALLOCATE_ZERO = 0x10 | 0x01
-
-
-class Identity(NamedTuple):
-    """What makes two names the same file: device and inode (of a block device: its number)."""
-
-    device: int
-    inode: int
-
-
-class Stat(NamedTuple):
-    """What a name stands for. ``kind``: "file", "block", "directory" or "other"."""
-
-    kind: str
-    size: int
-    identity: Identity
-    mtime: int  # whole seconds
-    allocated: int  # bytes the file occupies
-
-
-class Alignment(NamedTuple):
-    """What direct I/O demands, in bytes (1 and 1 for buffered I/O)."""
-
-    memory: int
-    offset: int
 
 
 class Handle(Protocol):

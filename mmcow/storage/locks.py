@@ -17,11 +17,10 @@ import fcntl
 import os
 import struct
 import time
-from typing import TYPE_CHECKING
 
 from mmcow.errors import LockedError, StorageError
-from mmcow.storage import holders
 
+TYPE_CHECKING = False  # as type checkers see it; ``typing`` is slow to import
 if TYPE_CHECKING:
     from mmcow.storage.host import Identity
 
@@ -103,6 +102,8 @@ def _test(descriptor: int, path: str, identity: Identity, byte: int, problem: st
         raise StorageError(error.errno or errno.EIO, "lock", path) from error
     if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
         # We hold the bytes that we want ourselves at this point.
+        from mmcow.storage import holders  # noqa: PLC0415 - slow, and only for this error
+
         found = holders.lock_holders(identity, (byte,), but=(os.getpid(), descriptor))
         who = tuple(holders.describe(pid) for pid in found)
         raise LockedError(errno.EAGAIN, f"lock ({problem})", path, who)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import random
 import re
 import sys
 from contextlib import contextmanager
@@ -129,7 +130,7 @@ def test_help_of_a_verb_shows_operands_options_and_examples(capsys, verb):
 def test_examples_of_help_can_be_parsed(verb):
     import shlex
 
-    parser = make_parser(verb)
+    parser = make_parser(verb).full()
     for line in parser.epilog.splitlines()[1:]:
         for command in line.split("&&"):
             words = shlex.split(command)
@@ -193,7 +194,7 @@ def test_operands_behind_two_dashes_are_no_options(capsys, tmp_path, monkeypatch
 
 def _visible_options(verb):
     options = set()
-    for action in make_parser(verb)._actions:
+    for action in make_parser(verb).full()._actions:
         if action.help is not argparse.SUPPRESS:
             options.update(action.option_strings)
     return options
@@ -219,7 +220,7 @@ def test_every_option_of_help_is_documented_and_every_documented_one_is_real(ver
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_refused_option_is_documented(verb):
-    refused = make_parser(verb).refused
+    refused = make_parser(verb).full().refused
     text = _sections()[verb] + _sections()["Differences from qemu-img"]
     for option in refused:
         assert f"`{option}`" in text, option
@@ -422,3 +423,30 @@ def test_quick_verbs_import_no_slow_modules():
         [sys.executable, "-c", code, __file__], capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
+
+
+# ---- plain command lines ----
+
+PLAIN_WORDS = [
+    "a", "b", "1M", "-f", "-F", "-U", "-q", "-s", "-t", "--output=json", "--output", "--share",
+    "json", "human", "raw", "add-cow", "--format=raw", "--format", "-h", "--", "-", "", "-1",
+    "--no-picture", "--backing-chain", "-o", "k=v", "--cache=none", "-p", "--progress=bar", "-ab",
+    "-fraw", "--force-share", "--quiet=1", "--object", "x=y",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_plain_line_means_what_argparse_makes_of_it(verb):
+    chance = random.Random(f"plain {verb}")
+    read = 0
+    for _ in range(400):
+        words = chance.choices(PLAIN_WORDS, k=chance.randrange(5))
+        plain = make_parser(verb).parse_plain(words)
+        if plain is not None:
+            full = vars(make_parser(verb).full().parse(words))
+            # argparse also has a name for each option that only ever raises.
+            others = {name for name in full if name not in vars(plain)}
+            assert all(full[name] is None for name in others), words
+            assert {**vars(plain), **dict.fromkeys(others)} == full, words
+            read += 1
+    assert read > 5 or verb not in {"info", "map", "check"}, "hardly any line was plain"

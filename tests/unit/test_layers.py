@@ -18,7 +18,7 @@ FUNCTION_MOST = 70
 
 # Imports go to lower numbers, or stay inside a rank that allows it.
 RANKS = [
-    ("mmcow.errors", 0), ("mmcow.ranges", 0), ("mmcow._mmc", 0),
+    ("mmcow.errors", 0), ("mmcow.ranges", 0), ("mmcow.records", 0), ("mmcow._mmc", 0),
     ("mmcow.tasks", 1), ("mmcow.native", 1),
     ("mmcow.storage", 2),
     ("mmcow.formats", 3),
