@@ -278,3 +278,110 @@ void mmc_load_busy(struct mmc_load *load, int change);
 uint64_t mmc_load_finished(struct mmc_load *load, struct mmc_load_error *error);
 /* Of reads (MMC_READ) or writes. Changes while the load runs; valid until it is closed. */
 const struct mmc_times *mmc_load_times(struct mmc_load *load, int code);
+
+/* ---- pump: NBD clients whose requests need no decision ------------------- */
+
+/* Serves clients after their negotiation: receives, finishes by itself what is a hit of a path, and
+ * hands everything else to the caller, who answers. A pump belongs to one thread, but for
+ * mmc_pump_reply; the queues may be shared with others. */
+struct mmc_pump;
+struct mmc_client;
+
+struct mmc_pump_limits {
+    uint64_t room;     /* bytes of buffers, for all clients together */
+    uint64_t share;    /* what a client may have of it whatever the others hold */
+    uint64_t bytes;    /* a client's most; one request may always be begun */
+    uint32_t requests; /* a client's most, until their replies have left */
+    uint32_t payload;  /* the longest READ or WRITE that is given a buffer */
+};
+
+/* What the caller may look at between turns. */
+struct mmc_pump_state {
+    uint64_t room;      /* bytes of buffers in use */
+    uint64_t allocated; /* hits that made clusters the top layer's, so far */
+    uint32_t waiting;   /* clients that wait for room */
+    uint32_t unanswered; /* requests in the caller's hands */
+};
+
+#define MMC_PUMP_ASKED 1  /* a request for the caller: handle, cookie ... command */
+#define MMC_PUMP_FAILED 2 /* the same of one that failed: result; of a hit, or for want of memory */
+#define MMC_PUMP_PARTED 3 /* a client is through: result */
+#define MMC_PUMP_RESULT 4 /* of an op of the caller's: handle is its token */
+#define MMC_PUMP_ENDED 5  /* transfers ended on a path where somebody waits for that */
+
+struct mmc_pump_event {
+    int32_t kind;
+    uint16_t flags;
+    uint16_t command;
+    uint64_t number; /* as given for the client or the queue */
+    uint64_t handle;
+    int64_t result; /* PARTED: 0 when all was answered, -EPROTO for bytes that are no request
+                     * (offset: what was there), else why it was lost */
+    uint64_t cookie;
+    uint64_t offset;
+    uint64_t address; /* of the buffer: a WRITE's bytes, a READ's room; 0: none */
+    uint32_t length;
+    uint32_t reserved;
+};
+
+/* Hits of one export, by MMC_READ and MMC_WRITE; bucket n of `latency` counts those that took
+ * less than 2^n microseconds, and not less than half. The caller's memory. */
+struct mmc_pump_counts {
+    uint64_t operations[2];
+    uint64_t bytes[2];
+    uint64_t latency[32];
+};
+
+struct mmc_pump *mmc_pump_open(const struct mmc_pump_limits *limits, int *error);
+/* With all clients dropped. Where requests are in the caller's hands still, or in flight, it leaks
+ * rather than free what is in use. */
+void mmc_pump_close(struct mmc_pump *pump);
+/* Polls readable when a turn is due. */
+int mmc_pump_fd(struct mmc_pump *pump);
+const struct mmc_pump_state *mmc_pump_state(struct mmc_pump *pump);
+/* Turns end when this descriptor polls readable. */
+int mmc_pump_watch(struct mmc_pump *pump, int fd);
+/* The pump collects what completes in the queue. Before the first client of its paths. */
+int mmc_pump_add_queue(struct mmc_pump *pump, struct mmc_queue *queue, uint64_t number);
+/* Nothing uses it any more; a turn of the queue by others collects what is in flight. */
+void mmc_pump_drop_queue(struct mmc_pump *pump, struct mmc_queue *queue);
+
+/* Serves clients until there are events, for at most timeout_ms (-1: for ever, 0: what is there),
+ * or until the caller had better look around: after a tenth of a second at work, after
+ * transfers that somebody waits for, when the watched descriptor is readable, when a client begins
+ * to wait for room. Returns the number of events, -EINTR, -EBADF in a forked child. */
+int mmc_pump_turn(struct mmc_pump *pump, int timeout_ms, struct mmc_pump_event *events,
+                  uint32_t max);
+
+#define MMC_CLIENT_STRUCTURED 1 /* structured replies were agreed */
+#define MMC_CLIENT_WRITES 2     /* may write */
+
+/* Takes a connected socket on; it stays the caller's. `rest`: bytes that came already. `path` and
+ * `counts` may be NULL: then all requests are the caller's. */
+struct mmc_client *mmc_pump_attach(struct mmc_pump *pump, int fd, struct mmc_path *path,
+                                   struct mmc_pump_counts *counts, uint64_t number, int flags,
+                                   const void *rest, uint32_t length, int *error);
+/* From here on every request is the caller's. */
+void mmc_client_refuse(struct mmc_client *client);
+/* Nothing more is received: PARTED when all is answered. */
+void mmc_client_leave(struct mmc_client *client);
+/* The end, also after PARTED. Requests in flight or in the caller's hands go on, unanswered. */
+void mmc_client_drop(struct mmc_client *client);
+
+struct mmc_client_facts {
+    uint64_t memory; /* bytes of buffers */
+    uint64_t unsent; /* bytes of replies */
+    uint64_t moved;  /* bytes received and sent, ever */
+    uint32_t requests;
+    uint32_t is_awaited; /* 1: the rest of a payload has to come, or replies have to be read */
+};
+
+void mmc_client_facts(struct mmc_client *client, struct mmc_client_facts *facts);
+
+#define MMC_REPLY_BYTES 0  /* the bytes given are all */
+#define MMC_REPLY_BUFFER 1 /* and the request's buffer follows */
+#define MMC_REPLY_LEAK 2   /* the buffer may still be written to: it is never used again */
+
+/* Answers a request, once, from any thread; also of a client that is gone. */
+void mmc_pump_reply(struct mmc_pump *pump, uint64_t handle, const void *bytes, uint32_t length,
+                    int how);

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+DONE_BYTES = 16  # of a struct mmc_done
+
 
 async def open(path: str | os.PathLike[str], **options: Any) -> Image:
     """Open an image; the arguments are those of ``mmcow.open``."""
@@ -58,13 +60,13 @@ class Image:
         """Take over an image opened synchronously; do not use that one any more."""
         self._image = opened
         self._loop = asyncio.get_running_loop()
-        self._queue = opened._opener.queue
+        self._queue: Any = opened._opener.queue
         self._engine = opened.engine
         self._reactor = opened.reactor
         self._waiting: set[asyncio.Future[Any]] = set()
         self._poll_due = False
         self._closing = False
-        self._loop.add_reader(self._queue.fileno(), self._poll)
+        self._loop.add_reader(self._queue.fileno(), self.poll)
 
     @property
     def engine(self) -> Engine:
@@ -215,18 +217,47 @@ class Image:
             future.add_done_callback(self._waiting.discard)
             if not self._poll_due:
                 self._poll_due = True
-                self._loop.call_soon(self._poll)
+                self._loop.call_soon(self.poll)
         return future
 
-    def _poll(self) -> None:
+    @property
+    def queue(self) -> Any:
+        """What its requests are in while the kernel has them."""
+        return self._queue
+
+    def lend_queue(self) -> Any:
+        """Leave it to the helper to see what completes, and return the queue as that knows it.
+        Whoever turns the helper then calls ``poll`` with what it collected."""
+        self._loop.remove_reader(self._queue.fileno())
+        return self._queue.pointer
+
+    def take_queue_back(self) -> None:
+        """End that."""
+        self._loop.add_reader(self._queue.fileno(), self.poll)
+
+    def poll(self, collected: bytes | bytearray = b"") -> None:
+        """Go on with what has completed. ``collected``: results (``struct mmc_done[]``) that the
+        helper has taken off the queue."""
         self._poll_due = False
         try:
-            self._reactor.poll()
+            with self._reactor.lock:
+                if collected:
+                    self._deliver(collected)
+                self._reactor.poll()
         except BaseException as error:
             # A result may have been lost on its way: nobody may wait for it.
             for future in tuple(self._waiting):
                 if not future.done():
                     future.set_exception(Interrupted(error))
+            raise
+
+    def _deliver(self, collected: bytes | bytearray) -> None:
+        """Results go to whom they belong; a KeyboardInterrupt among them loses some."""
+        try:
+            taken = self._queue.taken(memoryview(collected), len(collected) // DONE_BYTES)
+            self._queue.deliver(taken)
+        except BaseException as error:
+            self._reactor.interrupted = error
             raise
 
 

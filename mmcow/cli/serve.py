@@ -25,6 +25,7 @@ from mmcow.cli.images import warn
 from mmcow.cli.options import Parser, add_backing_format, add_cache, add_format, add_quiet
 from mmcow.cli.sizes import io_size
 from mmcow.errors import StorageError, UsageError
+from mmcow.nbd.pump import run
 from mmcow.nbd.server import CONNECTIONS_MOST
 from mmcow.serving import serve
 
@@ -85,7 +86,7 @@ def run_serve(arguments: argparse.Namespace, ui: Ui) -> int:
     """Serve until told to stop."""
     _check(arguments)
     _log_to_journal_or_terminal(quiet=arguments.quiet)
-    return asyncio.run(_serve(arguments, ui))
+    return run(_serve(arguments, ui))
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -25,12 +25,16 @@ from typing import TYPE_CHECKING, Any
 
 from mmcow.errors import MmcowError
 from mmcow.native import aligned
+from mmcow.nbd import memory
 from mmcow.nbd import protocol as wire
 from mmcow.nbd.handshake import Handshake, Step
+from mmcow.nbd.pump import Limits, Socket
+from mmcow.nbd.pumped import Pumped
 from mmcow.nbd.requests import HOLE_LEAST, SHUTDOWN, VERBS, Agreed, begin, refusal
 
 if TYPE_CHECKING:
     from mmcow.nbd.export import Export
+    from mmcow.nbd.pump import Pump
     from mmcow.nbd.server import Server
     from mmcow.tasks import Completion
 
@@ -58,8 +62,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, server: Server) -> None:
         self.export: Export | None = None
-        self.memory = 0  # bytes of buffers that the server keeps for this client
         self._server = server
+        self._memory = 0  # bytes of buffers that are kept for this client
+        self._pumped: Pumped | None = None  # who serves it instead, once it is negotiated
         self._loop = server.loop
         self._transport: Any = None
         self._encrypted = False
@@ -68,6 +73,7 @@ class Connection(asyncio.BufferedProtocol):
         )
         self._deadline: asyncio.TimerHandle | None = None
         self._agreed = Agreed(structured=False, contexts=[])
+        self._rest = b""
         self._receive = memoryview(bytearray(RECEIVE_OPTIONS))
         self._at = 0  # what was received and is not begun yet is _receive[_at:_have]
         self._have = 0
@@ -89,6 +95,18 @@ class Connection(asyncio.BufferedProtocol):
         self._stopping = False  # the server ends: nothing more is begun
         self._leaving = False
         self._gone = False
+
+    @property
+    def memory(self) -> int:
+        """Bytes of buffers that the server keeps for this client."""
+        return self._memory if self._pumped is None else self._pumped.memory
+
+    @property
+    def unsent(self) -> int:
+        """Bytes of replies that the client has not read."""
+        if self._pumped is not None:
+            return self._pumped.unsent
+        return int(self._transport.get_write_buffer_size())
 
     # ---- asyncio's side ----
 
@@ -112,6 +130,8 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._gone = True
         self._end_handshake()
+        if self._pumped is not None:
+            self._pumped.drop()
         unfinished = 0 if self._request is None else self._request.length
         self._request, self._payload = None, _NO_PAYLOAD
         self._out = []
@@ -130,6 +150,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         """It does again."""
+        if "pumped" in self._held:
+            if self._pumped is None and not self._gone:
+                pump = self._server.pump()
+                assert pump is not None
+                assert self.export is not None
+                self._hand_over(pump, self.export)
+            return
         unread, self._unread_memory = self._unread_memory, 0
         self._give_memory(unread)
         self._release("replies", "requests", "memory")
@@ -214,13 +241,37 @@ class Connection(asyncio.BufferedProtocol):
         self._end_handshake()
         self.export = export
         self._agreed = Agreed.of(handshake)
+        self._rest = handshake.rest()  # the first requests; never more than was received at once
         export.connections += 1
         log.info("client attached to export %r", export.name)
-        rest = handshake.rest()  # the first requests; never more than was received at once
-        self._receive = memoryview(bytearray(RECEIVE))
-        self._receive[: len(rest)] = rest
-        self._have = len(rest)
-        self._turn(export)
+        pump = self._server.pump()
+        if pump is None:
+            self._receive = memoryview(bytearray(RECEIVE))
+            self._receive[: len(self._rest)] = self._rest
+            self._have = len(self._rest)
+            self._turn(export)
+            return
+        self._hold("pumped")  # for good: nothing is received here any more
+        if self._transport.get_write_buffer_size():
+            # The end of the negotiation must be read first: ``resume_writing`` goes on.
+            self._transport.set_write_buffer_limits(0)
+        else:
+            self._hand_over(pump, export)
+
+    def _hand_over(self, pump: Pump, export: Export) -> None:
+        """From here on the pump serves the client; the transport only keeps the socket open."""
+        socket = Socket(self._transport.get_extra_info("socket").fileno(), self._rest)
+        self._pumped = Pumped(pump, export, self._agreed, socket, self._over)
+        if self._stopping:
+            self._pumped.refuse()
+        if self._leaving:
+            self._pumped.leave()
+
+    def _over(self, broken: str | None) -> None:
+        """The pump is through with it."""
+        if broken is not None:
+            log.warning("client dropped: %s", broken)
+        self._transport.abort()
 
     def _end_handshake(self) -> None:
         self._handshake = None
@@ -301,7 +352,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _admit(self, length: int) -> bool:
         """Whether one more request, with a buffer of ``length``, may be begun now."""
-        memory = self.memory
+        memory = self._memory
         if self._requests >= REQUESTS_MOST or (memory and memory + length > BYTES_MOST):
             self._hold("requests")
             return False
@@ -309,7 +360,7 @@ class Connection(asyncio.BufferedProtocol):
             if not self._server.memory.take(self, length):
                 self._hold("memory")
                 return False
-            self.memory += length
+            self._memory += length
         return True
 
     def _begin_payload(self, export: Export, request: wire.Request) -> None:
@@ -491,12 +542,12 @@ class Connection(asyncio.BufferedProtocol):
 
     def _give_memory(self, length: int) -> None:
         if length:
-            self.memory -= length
+            self._memory -= length
             self._server.memory.give(length)
 
     def _ease(self) -> None:
         """Read on from a client that had too much in flight, once half of that is done."""
-        if self._held and self._requests <= REQUESTS_MOST // 2 and self.memory <= BYTES_MOST // 2:
+        if self._held and self._requests <= REQUESTS_MOST // 2 and self._memory <= BYTES_MOST // 2:
             self._release("requests", "memory")
 
     def room_came(self) -> None:
@@ -507,6 +558,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def stall(self) -> object | None:
         """What the server waits for from this client, if for anything: see ``memory``."""
+        if self._pumped is not None:
+            return self._pumped.stall()
         if self._request is None and "replies" not in self._held:
             return None
         return self._request, self._filled, self._transport.get_write_buffer_size()
@@ -539,6 +592,9 @@ class Connection(asyncio.BufferedProtocol):
     def _leave(self) -> None:
         """Read no more; close once everything in flight is answered."""
         self._leaving = True
+        if self._pumped is not None:
+            self._pumped.leave()
+            return
         self._hold("leaving")
         self._server.memory.forget(self)
         if not self._requests and not self._in_turn:
@@ -556,6 +612,8 @@ class Connection(asyncio.BufferedProtocol):
     def refuse(self) -> None:
         """The server stops: what is in flight goes on, nothing else is begun."""
         self._stopping = True
+        if self._pumped is not None:
+            self._pumped.refuse()
         if self._handshake is not None:
             self._end_handshake()
             self._transport.abort()
@@ -564,3 +622,14 @@ class Connection(asyncio.BufferedProtocol):
         """As if the client had said that it sends no more."""
         if not self._gone:
             self._leave()
+
+
+def pump_limits() -> Limits:
+    """What bounds the clients of a pump: the same as here."""
+    return Limits(
+        room=memory.MEMORY_MOST,
+        share=memory.SHARE,
+        bytes=BYTES_MOST,
+        requests=REQUESTS_MOST,
+        payload=wire.PAYLOAD_MOST,
+    )

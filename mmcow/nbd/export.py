@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmcow.errors import UsageError
 from mmcow.formats.driver import Kind
+from mmcow.native import ffi, lib
 from mmcow.nbd import protocol as wire
 from mmcow.tasks import Completion, completed
 
@@ -54,12 +55,36 @@ class Counters:
     BUCKETS = 32  # of microseconds: bucket n counts [2^(n-1), 2^n)
 
     def __init__(self) -> None:
-        self.operations: dict[str, int] = {}
-        self.bytes: dict[str, int] = {}
         self.errors = 0
-        self.latency = [0] * self.BUCKETS
         self.started = time.monotonic()
+        # What the pump has done by itself, counted by it; the rest is counted here.
+        self.hits: Any = ffi.new("struct mmc_pump_counts *")
+        self._operations: dict[str, int] = {}
+        self._bytes: dict[str, int] = {}
+        self._latency = [0] * self.BUCKETS
         self._looks: deque[_Look] = deque([_Look(self.started, {}, {})])
+
+    @property
+    def operations(self) -> dict[str, int]:
+        """Finished requests by verb."""
+        return self._with_hits(self._operations, self.hits.operations)
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes that they were about."""
+        return self._with_hits(self._bytes, self.hits.bytes)
+
+    @property
+    def latency(self) -> list[int]:
+        """Finished requests by how long they took."""
+        return [sum(pair) for pair in zip(self._latency, self.hits.latency, strict=True)]
+
+    def _with_hits(self, counted: dict[str, int], hits: Any) -> dict[str, int]:
+        total = dict(counted)
+        for code, verb in ((lib.MMC_READ, "read"), (lib.MMC_WRITE, "write")):
+            if self.hits.operations[code]:
+                total[verb] = total.get(verb, 0) + hits[code]
+        return total
 
     @property
     def requests(self) -> int:
@@ -68,9 +93,9 @@ class Counters:
 
     def count(self, verb: str, length: int, seconds: float) -> None:
         """One finished request."""
-        self.operations[verb] = self.operations.get(verb, 0) + 1
-        self.bytes[verb] = self.bytes.get(verb, 0) + length
-        self.latency[min(int(seconds * 1e6).bit_length(), self.BUCKETS - 1)] += 1
+        self._operations[verb] = self._operations.get(verb, 0) + 1
+        self._bytes[verb] = self._bytes.get(verb, 0) + length
+        self._latency[min(int(seconds * 1e6).bit_length(), self.BUCKETS - 1)] += 1
 
     def throughput(self) -> dict[str, Any]:
         """Operations and bytes per second since somebody last asked (at least ``RATE_SECONDS``

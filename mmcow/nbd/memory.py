@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Collection
 
+    from mmcow.nbd.pump import Pump
+
 MEMORY_MOST = 256 << 20
 SHARE = 256 << 10
 STALL_SECONDS = 15.0
@@ -27,7 +29,9 @@ STALL_SECONDS = 15.0
 class Holder(Protocol):
     """A client that takes room."""
 
-    memory: int  # what it holds; it adds and subtracts by itself
+    @property
+    def memory(self) -> int:
+        """What it holds; it adds and subtracts by itself."""
 
     def room_came(self) -> None:
         """Trying again is worth it."""
@@ -44,21 +48,26 @@ class Memory:
     """Counts; ``holders`` are all the clients there are."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, holders: Collection[Holder]) -> None:
-        self.used = 0
+        self.pump: Pump | None = None  # counts for its clients by itself
+        self._used = 0
         self._loop = loop
         self._holders = holders
         self._waiting: dict[Holder, int] = {}  # in order of arrival
         self._watch: asyncio.TimerHandle | None = None
+
+    @property
+    def used(self) -> int:
+        """Bytes of buffers, of all clients."""
+        return self._used if self.pump is None else self._used + self.pump.room
 
     def take(self, holder: Holder, length: int) -> bool:
         """Charge ``length``. False: no room yet, ``holder.room_came`` is called later."""
         is_next = not self._waiting or next(iter(self._waiting)) is holder
         if holder.memory + length > SHARE and not (is_next and self._fits(length)):
             self._waiting[holder] = length
-            if self._watch is None:
-                self._look()
+            self.watch()
             return False
-        self.used += length
+        self._used += length
         if self._waiting:
             self._waiting.pop(holder, None)
             self._wake()
@@ -66,7 +75,7 @@ class Memory:
 
     def give(self, length: int) -> None:
         """Take back what was charged."""
-        self.used -= length
+        self._used -= length
         if self._waiting:
             self._wake()
 
@@ -85,6 +94,11 @@ class Memory:
                 self._loop.call_soon(holder.room_came)
             return
 
+    def watch(self) -> None:
+        """Somebody waits for room: see that nobody keeps it for nothing."""
+        if self._watch is None:
+            self._look()
+
     def _look(self) -> None:
         """Somebody waits: note where those stand who could be in the way."""
         stalls = {
@@ -96,7 +110,7 @@ class Memory:
 
     def _look_again(self, before: dict[Holder, object]) -> None:
         self._watch = None
-        if not self._waiting:
+        if not self._waiting and not (self.pump is not None and self.pump.waiting):
             return
         for holder, stall in before.items():
             if holder in self._holders and holder.memory > SHARE and holder.stall() == stall:
@@ -104,6 +118,8 @@ class Memory:
         self._look()
 
     def close(self) -> None:
-        """No more timers."""
+        """No more timers, no pump."""
+        if self.pump is not None:
+            self.pump.close()
         if self._watch is not None:
             self._watch.cancel()

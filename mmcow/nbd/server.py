@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from mmcow.errors import StorageError, UsageError
-from mmcow.nbd.connection import Connection
+from mmcow.nbd.connection import Connection, pump_limits
 from mmcow.nbd.export import Export
 from mmcow.nbd.memory import Memory
+from mmcow.nbd.pump import Pump, can_pump
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -90,6 +91,7 @@ class Server:
         }
         self.connections: set[Connection] = set()
         self.memory = Memory(self.loop, self.connections)
+        self._can_pump = tls is None and can_pump(images.values())
         self.idle_since: float | None = self.loop.time()
         self._max_connections = _affordable(max_connections)
         self._listeners: list[asyncio.Server] = []
@@ -170,6 +172,13 @@ class Server:
 
     # ---- what connections tell ----
 
+    def pump(self) -> Pump | None:
+        """Who serves clients once they are negotiated; None where their connections do."""
+        if self._can_pump and self.memory.pump is None:
+            images = [export.image for export in self.exports.values()]
+            self.memory.pump = Pump(images, pump_limits(), self.memory)
+        return self.memory.pump
+
     def joined(self, connection: Connection) -> bool:
         """A client connected. False: there are too many, or the server stops."""
         if self._closed is not None:
@@ -240,6 +249,8 @@ class Server:
         first: Exception | None = None
         for export in self.exports.values():
             try:
+                if self.memory.pump is not None:
+                    self.memory.pump.give_back(export.image)
                 await export.image.close()
                 export.image.engine.flusher.check()  # what clients were told its owner hears too
             except Exception as error:  # noqa: BLE001 - all are closed, the first is raised

@@ -369,6 +369,11 @@ class NativeQueue:
         self._done_bytes = memoryview(ffi.buffer(self._done))
 
     @property
+    def pointer(self) -> Any:
+        """For the helper, which may turn it as well: see ``taken``."""
+        return self._queue
+
+    @property
     def busy(self) -> bool:
         return bool(self._in_flight) or lib.mmc_queue_busy(self._queue) > 0
 

@@ -15,15 +15,17 @@ from contextlib import contextmanager
 
 import mmcow
 import mmcow.aio
+from mmcow.nbd import pump
 from mmcow.nbd.server import Server
 
 KIB, MIB = 1 << 10, 1 << 20
 
 
 class Serving:
-    """``images``: export names to paths. ``path`` is the socket's."""
+    """``images``: export names to paths. ``path`` is the socket's. ``hits`` False: every request
+    goes the engine's own way, where a test can get hold of it."""
 
-    def __init__(self, images, path, *, opening=None, **options):
+    def __init__(self, images, path, *, opening=None, hits=True, in_plain_loop=False, **options):
         gc.collect()
         self._descriptors = open_descriptors()
         self.path = str(path)
@@ -34,10 +36,13 @@ class Serving:
         self.uri = ""
         self._opening = {"write": True} | (opening or {})
         self._options = options
+        self._hits = hits
         self._end = None
         self._failed = None
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
+        # As ``mmcow serve`` runs it, or in a loop that knows of no pump.
+        run = asyncio.run if in_plain_loop else pump.run
+        self._thread = threading.Thread(target=lambda: run(self._main()))
         self._thread.start()
         assert self._ready.wait(30)
         if self._failed is not None:
@@ -51,7 +56,9 @@ class Serving:
         disks = {}
         try:
             for name, image in self.images.items():
-                disks[name] = await mmcow.aio.open(image, **self._opening)
+                disks[name] = disk = await mmcow.aio.open(image, **self._opening)
+                if not self._hits:
+                    disk.engine.hits.path = None
             self.server = Server(disks, **self._options)
             self.uri = await self.server.listen_unix(self.path)
         except BaseException as error:  # noqa: BLE001

@@ -151,7 +151,7 @@ def test_cancelled_read_keeps_its_buffer_until_the_kernel_is_done(overlay, host)
             with pytest.raises(BufferError):
                 watch().extend(b"x")  # and it cannot move either
             host.spy.release()
-            disk._poll()  # what the queue's descriptor would have led to
+            disk.poll()  # what the queue's descriptor would have led to
             await disk.read(0, 1)
             await asyncio.sleep(0)
             gc.collect()
@@ -201,7 +201,7 @@ def test_cancelled_request_is_finished_and_close_waits_for_it(overlay, base, hos
         await asyncio.sleep(0.01)
         assert not closing.done()
         host.spy.release()
-        disk._poll()
+        disk.poll()
         await closing
         with pytest.raises(ClosedError):
             await disk.read(0, 1)
@@ -331,7 +331,7 @@ def test_interrupt_in_the_loop_frees_whoever_waits(overlay, host):
         disk._reactor.poll = strike
         disk._reactor.interrupted = KeyboardInterrupt()
         with pytest.raises(KeyboardInterrupt):
-            disk._poll()
+            disk.poll()
         disk._reactor.poll = poll
         with pytest.raises(Interrupted):
             await waiting

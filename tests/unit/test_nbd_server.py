@@ -20,6 +20,8 @@ from tests.unit import nbd_client as nbd
 from tests.unit.nbd_client import Client, connect
 from tests.unit.nbd_serving import MIB, Serving, make_overlay, make_raw, serving
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 @pytest.fixture
 def image(tmp_path):
@@ -162,7 +164,10 @@ class TestLimits:
     def test_what_one_client_may_have_in_flight(self, tmp_path, length):
         """While the disk does not answer, no more is begun, and all is answered in the end."""
         disk = make_raw(tmp_path / "big.raw", bytes(4 * MIB))
-        with serving(disk, tmp_path / "s") as served, connect(served.path) as client:
+        with (
+            serving(disk, tmp_path / "s", hits=False) as served,
+            connect(served.path) as client,
+        ):
             held = []
 
             def never(_offset, buffers):
@@ -251,7 +256,7 @@ class TestLimits:
 
 class TestClose:
     def test_finishes_what_is_in_flight_and_flushes(self, tmp_path, image):
-        served = Serving({"": image}, tmp_path / "s")
+        served = Serving({"": image}, tmp_path / "s", hits=False)
         engine = served.engine()
         held = []
         write = engine.top.data.write
@@ -285,7 +290,7 @@ class TestClose:
     @pytest.mark.parametrize("structured", [True, False])
     def test_a_request_that_comes_meanwhile_is_told(self, tmp_path, image, structured):
         """What was begun is finished; what comes later, and the rest of a payload, is refused."""
-        served = Serving({"": image}, tmp_path / "s")
+        served = Serving({"": image}, tmp_path / "s", hits=False)
         engine = served.engine()
         held = []
 
