@@ -275,10 +275,11 @@ static void begin_one(struct mmc_load *load, struct slot *slot, struct mmc_reque
     }
 }
 
-/* Begins what there is room for; at most `depth`, so that what is done at once comes to an end. */
+/* Begins what there is room for, at most an eighth of the depth: the disk has work while the rest
+ * is made ready. */
 static void begin_some(struct mmc_load *load, struct mmc_requests *batch, uint64_t now)
 {
-    uint32_t left = load->plan.depth;
+    uint32_t left = (load->plan.depth + 7) / 8;
 
     while (left-- && load->idle && !load->flush_due && !is_over(load)) {
         struct slot *slot = load->idle;
@@ -308,15 +309,20 @@ static int wanted(struct mmc_load *load)
     return why;
 }
 
-/* Whether there is something to begin without waiting. */
-static bool can_begin(struct mmc_load *load)
+/* How long to wait for completions. What is in flight comes to this thread, unless others turn the
+ * queue too: no timer is needed then. */
+static int patience(struct mmc_load *load, int slice_ms)
 {
-    bool can;
+    bool can_begin;
+    bool comes;
 
     pthread_mutex_lock(&load->lock);
-    can = load->idle && !load->flush_due && !is_over(load);
+    can_begin = load->idle && !load->flush_due && !is_over(load);
+    comes = load->flying && !load->plan.is_shared;
     pthread_mutex_unlock(&load->lock);
-    return can;
+    if (can_begin)
+        return 0;
+    return comes ? -1 : slice_ms;
 }
 
 static void push_some(struct mmc_load *load, uint64_t now)
@@ -347,7 +353,7 @@ int mmc_load_run(struct mmc_load *load, int slice_ms, struct mmc_done *done, uin
         why = wanted(load);
         if (why)
             return why;
-        rc = mmc_queue_turn(queue, NULL, 0, done, max, can_begin(load) ? 0 : slice_ms);
+        rc = mmc_queue_turn(queue, NULL, 0, done, max, patience(load, slice_ms));
         if (rc < 0)
             return rc == -EINTR ? 0 : rc;
         *collected = (uint32_t)rc;

@@ -226,9 +226,9 @@ struct mmc_load_plan {
     uint32_t depth;
     uint32_t read_percent;
     int32_t is_random;
-    int32_t pattern; /* the byte that is written */
-    int32_t drains;  /* before a flush nothing may be in flight */
-    int32_t reserved;
+    int32_t pattern;   /* the byte that is written */
+    int32_t drains;    /* before a flush nothing may be in flight */
+    int32_t is_shared; /* other threads turn the queue at the same time */
 };
 
 /* Why a load wants its caller. */
@@ -260,8 +260,8 @@ void mmc_load_close(struct mmc_load *load);
 /* Goes on until the caller is wanted (MMC_LOAD_...), the slice is over, a holder of the path waits,
  * a signal came (all 0) or completions of the queue's other requests were collected: `collected`
  * of them, at most `max`, are in `done`. Other -errno if the queue cannot be turned. One thread
- * at a time; several loads of one queue may run at once, each for short slices: a request may be
- * collected by another's thread, which does not wake this one. */
+ * at a time. Several shared loads of one queue may run at once, each for short slices: a request
+ * may be collected by another's thread, which does not wake this one. */
 int mmc_load_run(struct mmc_load *load, int slice_ms, struct mmc_done *done, uint32_t max,
                  uint32_t *collected);
 /* Takes misses out; each is to be ended by mmc_load_done. Returns how many. */

@@ -63,7 +63,7 @@ class HelperLoad:
         self._collected = ffi.new("uint32_t *")
         self._failure: Any = ffi.new("struct mmc_load_error *")
         error = ffi.new("int *")
-        pointer = lib.mmc_load_open(path.pointer, _plan(part), error)
+        pointer = lib.mmc_load_open(path.pointer, _plan(part, shared), error)
         native.check(error[0], f"{part.depth} buffers of {part.block} bytes", "memory")
         self._load: Any = pointer
 
@@ -208,7 +208,7 @@ class HelperLoad:
             raise StorageError(-failed.number, _WHAT[failed.code], self._image.path, *where)
 
 
-def _plan(part: Load) -> Any:
+def _plan(part: Load, shared: bool) -> Any:
     requests = Requests(part)
     plan = {
         "start": requests.start,
@@ -223,6 +223,7 @@ def _plan(part: Load) -> Any:
         "is_random": part.random,
         "pattern": part.pattern,
         "drains": part.drain,
+        "is_shared": shared,
     }
     return ffi.new("struct mmc_load_plan *", plan)
 

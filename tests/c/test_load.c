@@ -356,6 +356,7 @@ static void test_threads(int backend)
     int i;
 
     plan.read_percent = 50;
+    plan.is_shared = 1;
     set_up(&rig, backend, &layer);
     for (i = 0; i < THREADS; i++) {
         plan.seed += 1;

@@ -15,6 +15,7 @@ import pytest
 import mmcow
 from mmcow.cli import chart, plot
 from mmcow.jobs.latency import Histogram
+from mmcow.storage.linux import LinuxHost
 from tests.unit.test_cli import KIB, MIB, pair, run, template  # noqa: F401
 
 QUICK = ("-c", "400", "-d", "8")
@@ -202,12 +203,12 @@ def test_wrong_options_say_what_is_wrong(capsys, raw, arguments, text):
 
 
 @pytest.mark.parametrize(
-    ("option", "queue"), [(["-i", "threads"], "threads"), (["-n"], None), ([], None)]
+    ("option", "queue"), [(["-i", "threads"], "threads"), (["-n"], "auto"), ([], None)]
 )
 def test_queue_can_be_chosen(capsys, raw, option, queue):
-    with mmcow.open(raw, format="raw") as image:
-        default = image.queue_backend
-    assert measured(capsys, *QUICK, *option, "a.raw")["queue"] == (queue or default)
+    with mmcow.open(raw, format="raw", host=LinuxHost(queue)) as image:
+        expected = image.queue_backend
+    assert measured(capsys, *QUICK, *option, "a.raw")["queue"] == expected
 
 
 def test_threads_and_every_size_are_accepted(capsys, raw):
