@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc.Buffer comes with Python 3.12
 
 __all__ = [
+    "BACKENDS",
+    "BACKEND_NAMES",
     "address_of",
     "aligned",
     "check",
@@ -30,8 +32,16 @@ __all__ = [
     "ffi",
     "is_zero",
     "lib",
+    "queue_backend",
     "zero_run",
 ]
+
+BACKENDS = {
+    "auto": lib.MMC_BACKEND_AUTO,
+    "io_uring": lib.MMC_BACKEND_URING,
+    "threads": lib.MMC_BACKEND_POOL,
+}
+BACKEND_NAMES = {lib.MMC_BACKEND_URING: "io_uring", lib.MMC_BACKEND_POOL: "threads"}
 
 
 def check(
@@ -88,3 +98,14 @@ def direct_alignment(fd: int) -> tuple[int, int] | None:
     rc = lib.mmc_direct_alignment(fd, values, values + 1)
     known = check(rc, "statx", f"descriptor {fd}")
     return (int(values[0]), int(values[1])) if known else None
+
+
+def queue_backend(choice: str) -> str:
+    """Which I/O queue this machine gives to who chooses ``choice`` of ``BACKENDS``."""
+    error = ffi.new("int *")
+    pointer: Any = lib.mmc_queue_open(BACKENDS[choice], 1, error)
+    check(error[0] if pointer == ffi.NULL else 0, f"start of the I/O queue ({choice})", "mmcow")
+    try:
+        return BACKEND_NAMES[lib.mmc_queue_backend(pointer)]
+    finally:
+        lib.mmc_queue_close(pointer)

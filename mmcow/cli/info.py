@@ -9,10 +9,8 @@ stranger. Whether a file can do direct I/O is asked of the kernel by name alone.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
 
 from mmcow import native
-from mmcow.chain import probe_file
 from mmcow.cli import exits
 from mmcow.cli.options import (
     Parser,
@@ -24,12 +22,13 @@ from mmcow.cli.options import (
 )
 from mmcow.cli.sizes import exact_size, human_size
 from mmcow.cli.ui import printable
-from mmcow.errors import MmcowError
+from mmcow.errors import MmcowError, UsageError
 from mmcow.jobs.info import ImageInfo, inspect, inspect_chain
-from mmcow.storage.linux import LinuxHost
 
+TYPE_CHECKING = False  # as type checkers see it; ``typing`` is slow to import
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
     from mmcow.cli.ui import Ui
 
@@ -75,11 +74,11 @@ def run_info(arguments: argparse.Namespace, ui: Ui) -> int:
 
 def queue_backend() -> str:
     """Which I/O queue this machine gives."""
-    queue = LinuxHost().queue()
-    try:
-        return queue.backend
-    finally:
-        queue.close()
+    choice = os.environ.get("MMCOW_QUEUE", "auto")
+    if choice not in native.BACKENDS:
+        listed = ", ".join(native.BACKENDS)
+        raise UsageError(f"I/O queue {choice!r}: must be one of {listed}")
+    return native.queue_backend(choice)
 
 
 def cache_mode(path: str) -> str | None:
@@ -212,6 +211,9 @@ def configure_probe(parser: Parser) -> None:
 
 def run_probe(arguments: argparse.Namespace, ui: Ui) -> int:
     """Tell formats by magic; takes no locks, opens nothing that a file names."""
+    from mmcow.chain import probe_file  # noqa: PLC0415 - not for info
+    from mmcow.storage.linux import LinuxHost  # noqa: PLC0415
+
     host = LinuxHost()
     found = []
     status = exits.OK

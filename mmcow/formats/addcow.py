@@ -32,6 +32,7 @@ from mmcow.errors import (
 )
 from mmcow.formats import addcow_meta as meta
 from mmcow.formats.addcow_create import OPTIONS, create
+from mmcow.formats.addcow_header import details, inspect, read_header
 from mmcow.formats.driver import (
     CheckResult,
     Driver,
@@ -53,26 +54,6 @@ if TYPE_CHECKING:
 
 # How much of a bitmap is read at a time where it is not mapped.
 _PIECE = 1 << 20
-
-
-def read_header(path: str, handle: Handle) -> meta.Header:
-    """Read and check the header of the add-cow file ``handle``."""
-    data = handle.read_at(0, 4096)
-    wanted = meta.header_bytes(data)
-    if wanted > len(data) == 4096:
-        data = handle.read_at(0, wanted)
-    # What was read counts, not the length: the file may be cut between the two calls.
-    length = handle.size() if len(data) >= wanted else len(data)
-    return meta.parse(path, data, length)
-
-
-def _details(header: meta.Header) -> dict[str, Any]:
-    return {
-        "compat": header.variant,
-        "all-allocated": header.all_allocated,
-        "data-file": os.fsdecode(header.image),
-        "data-file-format": header.image_format,
-    }
 
 
 class AddCowDriver(Driver):
@@ -360,7 +341,7 @@ class AddCowDriver(Driver):
         """Variant, flag, data file, and whether every bit is set (even where the flag rules)."""
         total = self._header.clusters(self.info.size)
         ones = self.window.bits_count(self._bitmap, 0, total)
-        return {**_details(self._header), "bitmap-complete": ones == total}
+        return {**details(self._header), "bitmap-complete": ones == total}
 
     def locked_handles(self) -> tuple[Handle, ...]:
         """The add-cow file and the data file."""
@@ -431,17 +412,7 @@ class AddCowFormat(Format):
 
     def inspect(self, path: str, handle: Handle) -> Inspection:
         """The header's facts; the size is the data file's and stays unknown."""
-        header = read_header(path, handle)
-        return Inspection(
-            "add-cow",
-            header.variant,
-            None,
-            header.cluster_size,
-            os.fsdecode(header.backing) if header.backing else None,
-            header.backing_format,
-            os.fsdecode(header.image),
-            _details(header),
-        )
+        return inspect(path, handle)
 
     def create(self, opener: Opener, path: str, request: CreateRequest) -> int:
         """Make the data file, unless it exists, then the add-cow file over it."""

@@ -43,13 +43,18 @@ def lock_sets(access: Access, *, raw: bool) -> tuple[frozenset[int], frozenset[i
     ``raw``: the file is a raw disk of its own, not an image's metadata or data file: others may
     still resize it.
     """
-    if access.share:
-        return frozenset({_READ}), frozenset()
-    if access.write:
+    if access.write and not access.share:
         if raw:
             return frozenset({_READ, _WRITE}), frozenset({_WRITE})
         return frozenset({_READ, _WRITE, _RESIZE}), frozenset({_WRITE, _RESIZE})
-    if access.top:
+    return reader_locks(top=access.top, share=access.share)
+
+
+def reader_locks(*, top: bool, share: bool) -> tuple[frozenset[int], frozenset[int]]:
+    """The same of a file that is only read; ``share`` tolerates writers."""
+    if share:
+        return frozenset({_READ}), frozenset()
+    if top:
         return frozenset({_READ}), frozenset({_WRITE})
     return frozenset({_READ}), frozenset({_WRITE, _RESIZE})
 

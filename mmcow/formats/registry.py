@@ -21,13 +21,13 @@ Never: opens a file, looks at more than the first 4096 bytes, guesses from names
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
 from mmcow.errors import UsageError
 
+TYPE_CHECKING = False  # as type checkers see it; ``typing`` is slow to import
 if TYPE_CHECKING:
+    from mmcow.formats.naming import Inspection
     from mmcow.formats.opening import Format
+    from mmcow.storage.host import Handle
 
 # How much of a file's beginning ``probe`` wants to see.
 HEAD = 4096
@@ -86,9 +86,20 @@ def get(name: str) -> Format:
                 f"format {name!r} is not supported yet; supported are {listed}"
             ) from None
         raise UsageError(f"unknown format {name!r}: must be one of {listed}") from None
+    from importlib import import_module  # noqa: PLC0415 - not needed to inspect
+
     made: Format = getattr(import_module(module), attribute)()
     _loaded[name] = made
     return made
+
+
+def inspect(name: str, path: str, handle: Handle) -> Inspection:
+    """What the header of ``path`` tells, read as format ``name``; as that format's ``inspect``."""
+    if name == "add-cow":
+        from mmcow.formats import addcow_header  # noqa: PLC0415 - without all of the format
+
+        return addcow_header.inspect(path, handle)
+    return get(name).inspect(path, handle)
 
 
 def known() -> list[str]:

@@ -9,21 +9,23 @@ the policy first.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mmcow.chain import DEPTH_MOST, find_backing
 from mmcow.errors import ChainError, LockedError, StorageError, UsageError
 from mmcow.formats import registry
-from mmcow.formats.opening import Access, Inspection, Opener, Policy, resolve
-from mmcow.image import make_opener
+from mmcow.formats.naming import Inspection, reader_locks, resolve
 from mmcow.ranges import SECTOR, align_up
-from mmcow.storage.file import Cache
+from mmcow.records import Record
+from mmcow.storage.handle import FileHost
 
+TYPE_CHECKING = False  # as type checkers see it; ``typing`` is slow to import
 if TYPE_CHECKING:
+    from typing import Any
+
+    from mmcow.formats.opening import Opener, Policy
     from mmcow.storage.host import Host, Identity, Stat
 
 
-class ImageInfo(NamedTuple):
+class ImageInfo(Record):
     """Facts of one image file. Sizes in bytes.
 
     ``virtual_size`` None: only the data file knows, and it is not there. ``actual_size``: what the
@@ -60,11 +62,7 @@ def inspect(
 
     Takes a reader's lock; ``share`` tolerates a writer.
     """
-    opener = make_opener(host, None)
-    try:
-        return _inspect(opener, os.fsdecode(path), format, share)[0]
-    finally:
-        opener.queue.close()
+    return _inspect(host or FileHost(), os.fsdecode(path), format, share)[0]
 
 
 def inspect_chain(
@@ -78,9 +76,12 @@ def inspect_chain(
 ) -> list[ImageInfo]:
     """The same for ``path`` and everything below it, top first. Each base is opened only if the
     policy agrees; loops and dead ends are a ChainError."""
+    from mmcow.chain import DEPTH_MOST  # noqa: PLC0415 - one image alone needs none of this
+    from mmcow.image import make_opener  # noqa: PLC0415
+
     opener = make_opener(host, policy)
     try:
-        info, identity = _inspect(opener, os.fsdecode(path), format, share)
+        info, identity = _inspect(opener.host, os.fsdecode(path), format, share)
         chain = [info]
         seen = {identity}
         while info.has_backing and info.backing is not None:
@@ -105,9 +106,11 @@ def _inspect_base(
 ) -> tuple[ImageInfo, Identity]:
     name = above.backing or ""
     recorded = (name, above.backing_format)
+    from mmcow.chain import find_backing  # noqa: PLC0415
+
     where, format_ = find_backing(opener, above.path, above.format, recorded, override)
     try:
-        return _inspect(opener, where, format_, share, top=False)
+        return _inspect(opener.host, where, format_, share, top=False)
     except LockedError:
         raise
     except StorageError as error:
@@ -119,20 +122,20 @@ def _inspect_base(
 
 
 def _inspect(
-    opener: Opener, path: str, format_: str | None, share: bool, *, top: bool = True
+    host: Host | FileHost, path: str, format_: str | None, share: bool, *, top: bool = True
 ) -> tuple[ImageInfo, Identity]:
-    access = Access(write=False, top=top, share=share, cache=Cache.WRITEBACK)
-    handle = opener.metadata(path, access)
+    handle = host.open(path, write=False, direct=False)
     try:
+        handle.lock(*reader_locks(top=top, share=share))
         if format_ is None:
             format_ = registry.probe(handle.read_at(0, registry.HEAD))
-        found = registry.get(format_).inspect(path, handle)
-        return _join(opener.host, path, found, handle.allocated()), handle.identity
+        found = registry.inspect(format_, path, handle)
+        return _join(host, path, found, handle.allocated()), handle.identity
     finally:
         handle.close()
 
 
-def _join(host: Host, path: str, found: Inspection, actual: int) -> ImageInfo:
+def _join(host: Host | FileHost, path: str, found: Inspection, actual: int) -> ImageInfo:
     """Header and ``stat`` together."""
     data_path = _resolved(path, "data file", found.data_file)
     facts = None if data_path is None else _look_up(host, data_path)
@@ -168,7 +171,7 @@ def _resolved(path: str, role: str, name: str | None) -> str | None:
         return None
 
 
-def _look_up(host: Host, path: str) -> Stat | None:
+def _look_up(host: Host | FileHost, path: str) -> Stat | None:
     try:
         return host.stat(path)
     except StorageError:

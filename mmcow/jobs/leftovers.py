@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mmcow.errors import LockedError, MmcowError, StorageError
 from mmcow.formats import registry
-from mmcow.formats.addcow import read_header
+from mmcow.formats.addcow_header import read_header
 from mmcow.formats.driver import Finding
 from mmcow.formats.opening import Access, lock_sets, resolve
 from mmcow.storage import names

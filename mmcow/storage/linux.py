@@ -14,186 +14,22 @@ import stat as stat_bits
 import struct
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from mmcow import native
-from mmcow.errors import ClosedError, LockedError, StorageError, SyncFailed, UsageError
-from mmcow.native import ffi, lib
-from mmcow.ranges import align_up
-from mmcow.storage import holders, locks
-from mmcow.storage.host import Alignment, Buffer, Handle, Identity, Stat, View
+from mmcow.errors import ClosedError, StorageError, SyncFailed, UsageError
+from mmcow.native import BACKEND_NAMES, ffi, lib
+from mmcow.native import BACKENDS as BACKENDS  # noqa: PLC0414 - for those who choose one
+from mmcow.storage.handle import FileHost, LinuxHandle, fail
 from mmcow.storage.path import NativePath
 from mmcow.tasks import Completion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_KINDS = {stat_bits.S_IFREG: "file", stat_bits.S_IFBLK: "block", stat_bits.S_IFDIR: "directory"}
+    from mmcow.storage.host import Handle, View
+
 _CREATE_MODE = 0o644
-
-
-def _raise(error: OSError, what: str, path: str, *where: int) -> NoReturn:
-    raise StorageError(error.errno or errno.EIO, what, path, *where) from error
-
-
-def _stat_of(result: os.stat_result, size: int) -> Stat:
-    kind = _KINDS.get(stat_bits.S_IFMT(result.st_mode), "other")
-    if kind == "block":
-        identity = Identity(-1, result.st_rdev)  # two nodes of one device are the same disk
-    else:
-        identity = Identity(result.st_dev, result.st_ino)
-    return Stat(kind, size, identity, int(result.st_mtime), result.st_blocks * 512)
-
-
-def _busy(path: str) -> StorageError:
-    """Why a block device cannot be had alone: named where the kernel lets it be known."""
-    try:
-        identity = _stat_of(os.stat(path), 0).identity
-    except OSError:
-        return StorageError(errno.EBUSY, "open", path)
-    use = holders.device_use(identity)
-    if use is not None:
-        return StorageError(errno.EBUSY, f"open (the device is {use})", path)
-    who = tuple(holders.describe(pid) for pid in holders.device_writers(identity))
-    if who:
-        return LockedError(errno.EBUSY, "open", path, who)
-    return StorageError(errno.EBUSY, "open", path)
-
-
-class LinuxHandle:
-    """A descriptor. See ``storage.host.Handle``."""
-
-    def __init__(self, path: str, descriptor: int, *, writable: bool, direct: bool) -> None:
-        facts = _stat_of(os.fstat(descriptor), 0)
-        self.path = path
-        self.writable = writable
-        self.direct = direct
-        self.kind = facts.kind
-        self.identity = facts.identity
-        self.descriptor = descriptor
-        self._locked: frozenset[int] = frozenset()
-        self.alignment = self._find_alignment() if direct else Alignment(1, 1)
-
-    def _find_alignment(self) -> Alignment:
-        known = native.direct_alignment(self.descriptor)
-        if known is not None:
-            memory, offset = known
-            if offset == 0:  # the kernel says: no direct I/O on this file
-                raise StorageError(errno.EINVAL, "open with O_DIRECT", self.path)
-            return Alignment(memory, offset)
-        # statx does not tell (before Linux 6.1, some file systems): try a sector, else a page.
-        try:
-            os.preadv(self.descriptor, [native.aligned(512, 4096)], 0)
-        except OSError:
-            return Alignment(4096, 4096)
-        return Alignment(4096, 512)
-
-    def size(self) -> int:
-        try:
-            if self.kind == "block":
-                return os.lseek(self.descriptor, 0, os.SEEK_END)
-            return os.fstat(self.descriptor).st_size
-        except OSError as error:
-            _raise(error, "stat", self.path)
-
-    def mtime(self) -> int:
-        return int(os.fstat(self.descriptor).st_mtime)
-
-    def allocated(self) -> int:
-        return os.fstat(self.descriptor).st_blocks * 512
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        if self.direct:
-            return self._read_direct(offset, length)
-        parts = []
-        try:
-            while length > 0:
-                part = os.pread(self.descriptor, length, offset)
-                if not part:
-                    break
-                parts.append(part)
-                offset += len(part)
-                length -= len(part)
-        except OSError as error:
-            _raise(error, "read", self.path, offset, length)
-        return b"".join(parts)
-
-    def _read_direct(self, offset: int, length: int) -> bytes:
-        whole = align_up(length, self.alignment.offset)  # up to the odd end of a file
-        buffer = native.aligned(whole, max(4096, self.alignment.memory))
-        try:
-            return bytes(buffer[: min(os.preadv(self.descriptor, [buffer], offset), length)])
-        except OSError as error:
-            _raise(error, "read", self.path, offset, length)
-
-    def write_at(self, offset: int, data: Buffer) -> None:
-        left = memoryview(data)
-        try:
-            while left:
-                written = os.pwrite(self.descriptor, left, offset)
-                if written == 0:
-                    raise OSError(errno.EIO, "a write made no progress")  # noqa: TRY301
-                left = left[written:]
-                offset += written
-        except OSError as error:
-            _raise(error, "write", self.path, offset, len(left))
-
-    def truncate(self, size: int) -> None:
-        try:
-            os.ftruncate(self.descriptor, size)
-        except OSError as error:
-            _raise(error, f"truncate to {size}", self.path)
-
-    def reserve(self, offset: int, length: int) -> None:
-        if length == 0:
-            return
-        rc = lib.mmc_fallocate(self.descriptor, 0x01, offset, length)
-        if rc not in (-errno.EOPNOTSUPP, -errno.ENOSYS):
-            native.check(rc, "fallocate", self.path, offset)
-
-    def datasync(self) -> None:
-        try:
-            os.fdatasync(self.descriptor)
-        except OSError as error:
-            raise SyncFailed(error.errno or errno.EIO, "fdatasync", self.path) from error
-
-    def sync(self) -> None:
-        try:
-            os.fsync(self.descriptor)
-        except OSError as error:
-            raise SyncFailed(error.errno or errno.EIO, "fsync", self.path) from error
-
-    def drop_cache(self) -> None:
-        try:
-            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError:
-            pass  # advice
-
-    def next_data(self, offset: int) -> int:
-        return self._seek(offset, os.SEEK_DATA)
-
-    def next_hole(self, offset: int) -> int:
-        return self._seek(offset, os.SEEK_HOLE)
-
-    def _seek(self, offset: int, whence: int) -> int:
-        try:
-            return os.lseek(self.descriptor, offset, whence)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return self.size()
-            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # no holes known: all data
-                return offset if whence == os.SEEK_DATA else self.size()
-            _raise(error, "lseek", self.path, offset)
-
-    def lock(self, use: frozenset[int], deny: frozenset[int]) -> None:
-        self._locked = locks.acquire(
-            self.descriptor, self.path, self.identity, self._locked, use, deny
-        )
-
-    def close(self) -> None:
-        descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
 class NativeView:
@@ -339,13 +175,6 @@ _OP = struct.Struct("<QQQQiiii")
 _DONE = struct.Struct("<Qq")
 _IOVEC = struct.Struct("@PN")
 
-BACKENDS = {
-    "auto": lib.MMC_BACKEND_AUTO,
-    "io_uring": lib.MMC_BACKEND_URING,
-    "threads": lib.MMC_BACKEND_POOL,
-}
-_BACKEND_NAMES = {lib.MMC_BACKEND_URING: "io_uring", lib.MMC_BACKEND_POOL: "threads"}
-
 
 class NativeQueue:
     """The C queue. See ``storage.host.IOQueue``; ``submit`` may be called beside a ``turn``."""
@@ -360,7 +189,7 @@ class NativeQueue:
         if pointer == ffi.NULL:
             raise StorageError(-error[0], f"start of the I/O queue ({backend})", "mmcow")
         self._queue: Any = pointer
-        self.backend = _BACKEND_NAMES[lib.mmc_queue_backend(pointer)]
+        self.backend = BACKEND_NAMES[lib.mmc_queue_backend(pointer)]
         self._in_flight: dict[int, Request] = {}
         self._pending = bytearray()
         self._pending_lock = threading.Lock()
@@ -500,7 +329,7 @@ def _error_of(request: Any, number: int) -> StorageError:
     return StorageError(number, what, path, request.offset, request.length)
 
 
-class LinuxHost:
+class LinuxHost(FileHost):
     """This machine. ``backend``: "auto", "io_uring" or "threads"; by default what the environment
     variable MMCOW_QUEUE says, else auto. ``hits`` False (MMCOW_HITS=off): C finishes no request by
     itself. ``depth``: how many requests of an image are given to the kernel at once."""
@@ -518,27 +347,6 @@ class LinuxHost:
         if self.backend not in BACKENDS:
             raise UsageError(f"I/O queue {self.backend!r}: must be one of {', '.join(BACKENDS)}")
 
-    def open(self, path: str, *, write: bool, direct: bool) -> LinuxHandle:
-        kind = self.stat(path).kind
-        self._refuse_kind(path, kind)
-        flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if write else os.O_RDONLY)
-        if write and kind == "block":
-            flags |= os.O_EXCL  # EBUSY where a mounted file system, RAID or swap owns the device
-        try:
-            descriptor = os.open(path, flags | (os.O_DIRECT if direct else 0))
-        except OSError as error:
-            if error.errno == errno.EBUSY and flags & os.O_EXCL:
-                raise _busy(path) from error
-            refused = direct and error.errno == errno.EINVAL
-            _raise(error, "open with O_DIRECT" if refused else "open", path)
-        try:
-            handle = LinuxHandle(path, descriptor, writable=write, direct=direct)
-            self._refuse_kind(path, handle.kind)  # it may have been swapped since the stat
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return handle
-
     def reopen(self, handle: Handle) -> LinuxHandle:
         assert isinstance(handle, LinuxHandle)
         flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if handle.writable else os.O_RDONLY)
@@ -551,50 +359,34 @@ class LinuxHost:
             other.close()
             raise StorageError(errno.ESTALE, "open again", handle.path) from None
         except OSError as error:
-            _raise(error, "open again", handle.path)
+            fail(error, "open again", handle.path)
         return LinuxHandle(handle.path, descriptor, writable=handle.writable, direct=False)
-
-    @staticmethod
-    def _refuse_kind(path: str, kind: str) -> None:
-        if kind == "directory":
-            raise StorageError(errno.EISDIR, "open", path)
-        if kind == "other":
-            what = "open (it is neither a regular file nor a block device)"
-            raise StorageError(errno.ENOTBLK, what, path)
 
     def create(self, path: str) -> LinuxHandle:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             descriptor = os.open(path, flags, _CREATE_MODE)
         except OSError as error:
-            _raise(error, "create", path)
+            fail(error, "create", path)
         return LinuxHandle(path, descriptor, writable=True, direct=False)
-
-    def stat(self, path: str) -> Stat:
-        try:
-            result = os.stat(path)
-        except (OSError, ValueError) as error:
-            number = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL
-            raise StorageError(number, "open", path) from error
-        return _stat_of(result, result.st_size)
 
     def link(self, source: str, target: str) -> None:
         try:
             os.link(source, target)
         except OSError as error:
-            _raise(error, "create", target)
+            fail(error, "create", target)
 
     def rename(self, source: str, target: str) -> None:
         try:
             os.rename(source, target)
         except OSError as error:
-            _raise(error, f"rename to {target}", source)
+            fail(error, f"rename to {target}", source)
 
     def unlink(self, path: str) -> None:
         try:
             os.unlink(path)
         except OSError as error:
-            _raise(error, "remove", path)
+            fail(error, "remove", path)
 
     def real_path(self, path: str) -> str:
         return os.path.realpath(path) if os.path.islink(path) else path
@@ -606,7 +398,7 @@ class LinuxHost:
         try:
             return sorted(os.listdir(directory))
         except OSError as error:
-            _raise(error, "list", directory)
+            fail(error, "list", directory)
 
     def take_over(self, old: str, new: str) -> None:
         try:
@@ -615,13 +407,13 @@ class LinuxHost:
                 os.chown(new, facts.st_uid, facts.st_gid)
             os.chmod(new, stat_bits.S_IMODE(facts.st_mode))
         except OSError as error:
-            _raise(error, "chmod", new)
+            fail(error, "chmod", new)
 
     def sync_directory(self, path: str) -> None:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            _raise(error, "open", path)
+            fail(error, "open", path)
         try:
             os.fsync(descriptor)
         except OSError as error:
