@@ -59,7 +59,7 @@ TALK = 60  # lines of the conversation shown with a violation
 REPLY = {errno.EIO: 5, errno.ENOSPC: 28}
 # After a failure of one of these nothing that changes the disk may succeed.
 STICKY = ("queue datasync", "msync")
-MAY_STICK = (*SYNCS, "sync_directory")  # of some step of a resize or a snapshot
+MAY_STICK = (*SYNCS, "sync_directory", "lock")  # of some step of a resize or a snapshot
 FAULT_KINDS = (None, None, "read", "write", "fallocate", "queue datasync", "msync", "write_at")
 
 
