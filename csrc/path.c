@@ -68,6 +68,12 @@ struct mmc_part {
 
 /* ---- life --------------------------------------------------------------- */
 
+/* In a forked child the lock may be held by a thread that is not there. */
+static bool is_foreign(const struct mmc_path *path)
+{
+    return path->process != mmc_process();
+}
+
 struct mmc_path *mmc_path_open(struct mmc_queue *queue, int *error)
 {
     struct mmc_path *path = calloc(1, sizeof(*path));
@@ -85,7 +91,7 @@ void mmc_path_close(struct mmc_path *path)
 {
     struct hold *hold;
 
-    if (!path || path->process != mmc_process())
+    if (!path || is_foreign(path))
         return;
     while ((hold = path->holds)) {
         path->holds = hold->next;
@@ -100,6 +106,8 @@ int mmc_path_set(struct mmc_path *path, uint64_t size, const struct mmc_layer *l
 {
     if (count > MMC_PATH_LAYERS)
         return -EINVAL;
+    if (is_foreign(path))
+        return 0; /* a coroutine that is thrown away there may still want it; nothing is a hit */
     pthread_mutex_lock(&path->lock);
     path->size = size;
     path->count = count;
@@ -140,8 +148,11 @@ static bool is_held(const struct mmc_path *path, const struct place *place, bool
 
 int64_t mmc_path_hold(struct mmc_path *path, uint64_t start, uint64_t end, int kind)
 {
-    struct hold *hold = malloc(sizeof(*hold));
+    struct hold *hold;
 
+    if (is_foreign(path))
+        return 0;
+    hold = malloc(sizeof(*hold));
     if (!hold)
         return -ENOMEM;
     pthread_mutex_lock(&path->lock);
@@ -156,6 +167,8 @@ void mmc_path_release(struct mmc_path *path, int64_t number)
     struct hold **at;
     struct hold *hold = NULL;
 
+    if (is_foreign(path))
+        return;
     pthread_mutex_lock(&path->lock);
     for (at = &path->holds; *at; at = &(*at)->next) {
         if ((*at)->number != number)
@@ -173,6 +186,8 @@ uint32_t mmc_path_busy(struct mmc_path *path, uint64_t start, uint64_t end, int 
     const struct mmc_transfer *transfer;
     uint32_t count = 0;
 
+    if (is_foreign(path))
+        return 0;
     pthread_mutex_lock(&path->lock);
     for (transfer = path->flying; transfer; transfer = transfer->next)
         count += concerns(kind, transfer->is_write) &&
@@ -183,6 +198,8 @@ uint32_t mmc_path_busy(struct mmc_path *path, uint64_t start, uint64_t end, int 
 
 void mmc_path_await(struct mmc_path *path, int awaited)
 {
+    if (is_foreign(path))
+        return;
     pthread_mutex_lock(&path->lock);
     path->awaited = awaited != 0;
     pthread_mutex_unlock(&path->lock);
@@ -192,6 +209,8 @@ bool mmc_path_is_awaited(struct mmc_path *path)
 {
     bool awaited;
 
+    if (is_foreign(path))
+        return false;
     pthread_mutex_lock(&path->lock);
     awaited = path->awaited;
     pthread_mutex_unlock(&path->lock);
@@ -200,6 +219,8 @@ bool mmc_path_is_awaited(struct mmc_path *path)
 
 void mmc_path_fail(struct mmc_path *path)
 {
+    if (is_foreign(path))
+        return;
     pthread_mutex_lock(&path->lock);
     path->failed = true;
     pthread_mutex_unlock(&path->lock);
@@ -209,9 +230,12 @@ int mmc_path_take_written(struct mmc_path *path)
 {
     bool written;
 
+    if (is_foreign(path))
+        return 0;
     pthread_mutex_lock(&path->lock);
-    written = path->wrote || path->writing;
-    path->wrote = false;
+    written = path->wrote;
+    /* What is in flight may land behind the sync that follows: the next one is due, too. */
+    path->wrote = path->writing != 0;
     pthread_mutex_unlock(&path->lock);
     return written;
 }
@@ -477,6 +501,8 @@ static int begin(struct mmc_path *path, struct mmc_transfer *transfer, int code,
     transfer->offset = offset;
     transfer->length = length;
     transfer->is_write = code == MMC_WRITE;
+    if (is_foreign(path))
+        return MMC_MISS;
     pthread_mutex_lock(&path->lock);
     rc = find(path, &range, transfer->is_write, address, &route);
     if (rc == MMC_STARTED && route.stored > most)
@@ -524,7 +550,7 @@ int64_t mmc_path_transfer(struct mmc_path *path, int code, uint64_t offset, void
     struct mmc_request *request;
     int rc;
 
-    if (path->process != mmc_process())
+    if (is_foreign(path))
         return -EBADF;
     /* Several runs are read faster side by side, by the queue. */
     rc = begin(path, &transfer, code, offset, address, length, 1);

@@ -59,7 +59,9 @@ static int64_t runs_body(void *context)
     uint32_t n;
 
     for (n = 0; n < access->max && at < access->end; n++) {
-        const uint64_t end = mmc_bits_next(access->words, at, access->end, !value);
+        /* Not from `at` itself, which was looked at: another thread may have changed it since, and
+         * a run is never empty. */
+        const uint64_t end = mmc_bits_next(access->words, at + 1, access->end, !value);
 
         access->runs[n] = (struct mmc_run){at - access->base, end - at, (uint64_t)value};
         at = end;

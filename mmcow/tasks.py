@@ -321,11 +321,8 @@ class Reactor:
     def _lead(self, completion: Completion[Any]) -> None:
         while not completion.done:
             self.check()
-            if self._watches and not self.ready and not self.queue.busy:
-                # Another thread is in the middle of a transfer that needs no queue.
-                self._without_lock(_pause)
-                self._look()
-                self._drain()
+            if self._watches and not self.ready:
+                self._turn_watching()
                 continue
             if not self.ready and not self.queue.busy:
                 raise RuntimeError("deadlock: a task waits for something nobody will deliver")
@@ -333,6 +330,17 @@ class Reactor:
             self._drain()
             if self._followers:
                 self._wake_all()
+
+    def _turn_watching(self) -> None:
+        """What is watched for may come true without a word from the queue: in the middle of another
+        thread's transfer, or because another thread has collected it. So no sleep in the kernel."""
+        self._turn(wait=False)
+        if not self.ready:
+            self._without_lock(_pause)
+            self._look()
+        self._drain()
+        if self._followers:
+            self._wake_all()
 
     def _turn_without_waiting(self) -> None:
         if self._has_leader:

@@ -614,6 +614,7 @@ class Engine:
             if self.writable and self.flusher.failure is None:
                 await self.flusher.flush()
         finally:
+            self.hits.keep_out()  # another thread's write, begun now, would never be flushed
             self.gate.open()
 
     # ---- checks ----

@@ -53,8 +53,8 @@ class Gate:
         """Come in alone: wait until every request has left; pair with ``open``."""
         while self._exclusive is not None:
             await self._exclusive
+        self._hold = self._hits.hold_all()  # first: it may fail, and somebody must end the turn
         self._exclusive = Completion()
-        self._hold = self._hits.hold_all()
         if self.inside:
             self._empty = Completion()
             await self._empty

@@ -72,7 +72,7 @@ class Hits:
     def wants_relief(self) -> bool:
         """Whether it is time to look at how much metadata the hits have left to be written."""
         self._until_relief -= 1
-        if self._until_relief:
+        if self._until_relief > 0:  # threads may count past zero
             return False
         self._until_relief = RELIEF_EVERY
         return True
@@ -140,16 +140,23 @@ class Hits:
         """Whether hits wrote since the last call, or are writing."""
         return self.path is not None and self.path.take_written()
 
+    def keep_out(self) -> None:
+        """Keep everything out for good: the last flush is over, or nobody wants one."""
+        self.hold_all()
+
     def shut(self) -> None:
         """Keep everything out for good, before the files are closed.
 
-        What is still in flight belongs to threads that are in the middle of one transfer.
+        What is still in flight belongs to threads that are in the middle of one transfer, or was
+        left in the queue by somebody who was interrupted: nobody else collects it any more.
         """
         path = self.path
         if path is None:
             return
-        path.hold(*paths.EVERYTHING, paths.HOLD_ALL)
+        self.keep_out()
+        queue = self._reactor().queue
         while path.busy(*paths.EVERYTHING, paths.HOLD_ALL):
+            queue.turn(False)
             time.sleep(0.001)
         path.set(0, (), 0)
 

@@ -106,11 +106,14 @@ class NativeView:
 
     def snapshot(self, offset: int, length: int) -> list[tuple[int, memoryview]]:
         taken: list[tuple[int, memoryview]] = []
+        end = offset + length
         try:
-            while units := self.dirty(offset, length):
+            # Upwards only: what another thread changes again behind this stays dirty. Two copies of
+            # one unit would be written side by side, and the older might land last.
+            while offset < end and (units := self.dirty(offset, end - offset)):
                 copy = native.aligned(units * self._unit, 4096)
                 n = lib.mmc_view_snapshot(
-                    self._view, offset, length, self._runs, self.MOST_RUNS,
+                    self._view, offset, end - offset, self._runs, self.MOST_RUNS,
                     ffi.from_buffer(copy), len(copy),
                 )  # fmt: skip
                 native.check(n, "copy of mapped metadata", self._path, offset)
@@ -119,6 +122,7 @@ class NativeView:
                     values[0::3], values[1::3], values[2::3], strict=True
                 ):
                     taken.append((start, copy[position : position + count]))
+                    offset = start + count
         except StorageError:
             for start, data in taken:
                 self.mark(start, len(data))
