@@ -3,8 +3,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import mmcow
+
+SCRIPT = Path(__file__).resolve().parents[2] / "bin/mmcow"
 
 # Each of these takes a noticeable part of the time that a bare interpreter takes to start.
 HEAVY = {
@@ -49,3 +52,20 @@ def test_info_imports_only_what_it_needs(tmp_path):
     modules = set(ended.stdout.split())
     assert not modules & HEAVY
     assert {name for name in modules if name.split(".")[0] == "mmcow"} - OURS == set()
+
+
+def test_the_script_tells_everything_before_it_leaves(tmp_path):
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False
+        )
+
+    path = tmp_path / "disk.raw"
+    mmcow.create(path, size=1 << 20, format="raw")
+    told = run("info", "--output=json", path)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.endswith("}\n")
+    failed = run("info", tmp_path / "missing")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert "No such file" in failed.stderr
+    assert run("create", "-q", tmp_path / "other.raw", "1M").returncode == 0
