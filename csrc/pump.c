@@ -30,6 +30,9 @@
 /* How long a turn may be at work: one that may wait, and one in somebody else's loop. */
 #define WORK_NS (100 * NS_PER_MS)
 #define GLANCE_NS (1 * NS_PER_MS)
+/* The ring's completions interrupt a wait as signals do. The caller, who may have a handler to run,
+ * is back after so long. */
+#define SIGNAL_NS (10 * NS_PER_MS)
 /* Hits that allocate until the caller looks at how much metadata waits to be written. */
 #define ALLOCATED_MAX 4096
 
@@ -457,41 +460,65 @@ static void serve(struct mmc_pump *pump, const struct epoll_event *ready, int co
     }
 }
 
-/* Waits, at most until `deadline`. Returns how many were ready, or -EINTR. */
-static int wait(struct mmc_pump *pump, bool is_endless, uint64_t deadline)
+static int ms_until(const struct mmc_pump *pump, uint64_t deadline)
+{
+    if (deadline <= pump->now)
+        return 0;
+    return (int)((deadline - pump->now + NS_PER_MS - 1) / NS_PER_MS);
+}
+
+static void collect_all(struct mmc_pump *pump)
+{
+    struct mmc_pump_queue *queue;
+
+    for (queue = pump->queues; queue; queue = queue->next)
+        collect(pump, queue);
+}
+
+/* Waits, at most until `deadline` (UINT64_MAX: for ever). Returns how many were ready. */
+static int wait(struct mmc_pump *pump, uint64_t deadline)
 {
     struct epoll_event ready[READY_MAX];
     int ms = -1;
     int n;
 
+    if (pump->interrupted && deadline > pump->interrupted + SIGNAL_NS)
+        deadline = pump->interrupted + SIGNAL_NS;
     if (has_more(pump))
         ms = 0;
-    else if (!is_endless)
-        ms = deadline <= pump->now ? 0 : (int)((deadline - pump->now + NS_PER_MS - 1) / NS_PER_MS);
+    else if (deadline != UINT64_MAX)
+        ms = ms_until(pump, deadline);
     n = epoll_wait(pump->epoll, ready, READY_MAX, ms);
     pump->now = clock_ns();
-    if (n < 0)
-        return -errno;
-    serve(pump, ready, n);
-    return n;
+    if (n >= 0) {
+        serve(pump, ready, n);
+        return n;
+    }
+    if (!pump->interrupted)
+        pump->interrupted = pump->now;
+    collect_all(pump);
+    return 1;
 }
 
 static int run(struct mmc_pump *pump, int timeout_ms)
 {
     const uint64_t start = pump->now;
     const uint64_t until = start + (timeout_ms ? WORK_NS : GLANCE_NS);
-    const uint64_t deadline = start + (uint64_t)(timeout_ms > 0 ? timeout_ms : 0) * NS_PER_MS;
+    const uint64_t deadline =
+        timeout_ms < 0 ? UINT64_MAX : start + (uint64_t)timeout_ms * NS_PER_MS;
     int n = 1;
 
     for (;;) {
         work(pump);
-        if (pump->count || pump->must_return || n < 0)
-            return n < 0 ? n : 0;
+        if (pump->count || pump->must_return)
+            return 0;
+        if (pump->interrupted && pump->now >= pump->interrupted + SIGNAL_NS)
+            return -EINTR;
         if (n > 0 && pump->now >= until)
             return 0;
-        if (n == 0 && timeout_ms >= 0 && pump->now >= deadline && !has_more(pump))
+        if (n == 0 && pump->now >= deadline && !has_more(pump))
             return 0;
-        n = wait(pump, timeout_ms < 0, deadline);
+        n = wait(pump, deadline);
     }
 }
 
@@ -529,6 +556,7 @@ int mmc_pump_turn(struct mmc_pump *pump, int timeout_ms, struct mmc_pump_event *
     pump->count = 0;
     pump->max = max;
     pump->must_return = false;
+    pump->interrupted = 0;
     pump->now = clock_ns();
     set_turning(pump, true);
     rc = run(pump, timeout_ms);

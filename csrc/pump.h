@@ -134,6 +134,7 @@ struct mmc_pump {
     uint64_t asks;          /* that exist and are not spare */
     struct mmc_asks untold; /* for the caller, when it has room */
     uint64_t now;           /* in ns, as of the last look */
+    uint64_t interrupted;   /* when a wait was, first in this turn; 0: not yet */
     bool must_return;
     bool has_ended; /* something that is awaited */
     struct mmc_pump_event *events;
