@@ -68,10 +68,11 @@ struct mmc_part {
 
 /* ---- life --------------------------------------------------------------- */
 
-/* In a forked child the lock may be held by a thread that is not there. */
+/* No path any more, or a forked child, where the lock may be held by a thread that is not there.
+ * A coroutine that is thrown away may still give back its hold, or say that its sync has failed. */
 static bool is_foreign(const struct mmc_path *path)
 {
-    return path->process != mmc_process();
+    return !path || path->process != mmc_process();
 }
 
 struct mmc_path *mmc_path_open(struct mmc_queue *queue, int *error)
@@ -91,7 +92,7 @@ void mmc_path_close(struct mmc_path *path)
 {
     struct hold *hold;
 
-    if (!path || is_foreign(path))
+    if (is_foreign(path))
         return;
     while ((hold = path->holds)) {
         path->holds = hold->next;
@@ -107,7 +108,7 @@ int mmc_path_set(struct mmc_path *path, uint64_t size, const struct mmc_layer *l
     if (count > MMC_PATH_LAYERS)
         return -EINVAL;
     if (is_foreign(path))
-        return 0; /* a coroutine that is thrown away there may still want it; nothing is a hit */
+        return 0;
     pthread_mutex_lock(&path->lock);
     path->size = size;
     path->count = count;

@@ -89,20 +89,6 @@ class NativePath:
     def __del__(self) -> None:
         # With the last user, as a thread may be inside while the image is closed. Not ffi.gc: the
         # collector of cycles would free the path while a coroutine that it finalises later still
-        # gives a hold back.
+        # gives a hold back, or says that its flush has failed. Of NULL that means nothing.
         pointer, self.pointer = self.pointer, ffi.NULL
-        self.__class__ = _GonePath
         lib.mmc_path_close(pointer)
-
-
-class _GonePath(NativePath):
-    """What a path is once collected."""
-
-    def release(self, hold: int) -> None:
-        """Nothing is held any more."""
-
-    def awaited(self, yes: bool) -> None:
-        """Nothing is in flight."""
-
-    def __del__(self) -> None:
-        """Nothing is left."""

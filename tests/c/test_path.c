@@ -634,6 +634,18 @@ static void *of_child(struct rig *rig)
     _exit(0);
 }
 
+static void test_no_path(void)
+{
+    mmc_path_release(NULL, mmc_path_hold(NULL, 0, ALL, MMC_HOLD_ALL));
+    mmc_path_await(NULL, 1);
+    mmc_path_fail(NULL);
+    CHECK_EQUAL(mmc_path_busy(NULL, 0, ALL, MMC_HOLD_ALL), 0);
+    CHECK_EQUAL(mmc_path_take_written(NULL), 0);
+    CHECK_EQUAL(mmc_path_set(NULL, 0, NULL, 0, 0), 0);
+    CHECK_EQUAL(mmc_path_transfer(NULL, MMC_READ, 0, page, CLUSTER), -EBADF);
+    mmc_path_close(NULL);
+}
+
 static void test_forks(void)
 {
     struct crowd crowd = {0};
@@ -681,6 +693,7 @@ int main(int argc, char **argv)
     RUN(test_what_the_caller_allows());
     RUN(test_alignment_and_ends());
     RUN(test_bits_that_cannot_be_read());
+    RUN(test_no_path());
     RUN(test_forks());
     test_backend(MMC_BACKEND_AUTO);
     return 0;

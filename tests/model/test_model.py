@@ -204,8 +204,8 @@ class DiskMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         try:
             if self.image is not None:
-                self.verify()
-                self.image.close()
+                with self.image:
+                    self.verify()
         finally:
             shutil.rmtree(self.directory)
 
@@ -382,15 +382,12 @@ class DiskMachine(RuleBasedStateMachine):
         reads: list[tuple[int, memoryview]] = []
         disk, engine = self.disk, self.disk.engine
         waits = []
+        # All is drawn before anything is begun: Hypothesis may break off in any draw, and then the
+        # disk would have, or not have yet, what the model has not.
+        plan = [self.draw_request(data, middle) for _ in range(count)]
+        order = data.draw(st.permutations(range(count)), label="wait order")
         with disk.reactor.lock:
-            for _ in range(count):
-                shift = data.draw(st.integers(-9000, 9000) | _SECTORS)
-                offset = min(max(middle + shift, 0), len(self.model))
-                length = data.draw(st.integers(0, 20000) | _SECTORS.map(abs))
-                length = min(length, len(self.model) - offset)
-                kind = data.draw(
-                    st.sampled_from(("write", "write", "zero", "discard", "read", "flush"))
-                )
+            for kind, offset, length in plan:
                 if kind == "write":
                     content = self.fresh(length)
                     changes.append((kind, offset, content))
@@ -405,7 +402,6 @@ class DiskMachine(RuleBasedStateMachine):
                     changes.append((kind, offset, bytes(length)))
                     start = engine.write_zeroes if kind == "zero" else engine.discard
                     waits.append(start(offset, length))
-            order = data.draw(st.permutations(range(count)), label="wait order")
             for i in order:
                 disk.reactor.wait(waits[i])
         for offset, into in reads:
@@ -415,6 +411,13 @@ class DiskMachine(RuleBasedStateMachine):
         found = disk.read(lowest, highest - lowest)
         self.check_overlapped(lowest, found, changes, final=True)
         self.model[lowest:highest] = found
+
+    def draw_request(self, data: st.DataObject, middle: int) -> tuple[str, int, int]:
+        shift = data.draw(st.integers(-9000, 9000) | _SECTORS)
+        offset = min(max(middle + shift, 0), len(self.model))
+        length = data.draw(st.integers(0, 20000) | _SECTORS.map(abs))
+        kind = data.draw(st.sampled_from(("write", "write", "zero", "discard", "read", "flush")))
+        return kind, offset, min(length, len(self.model) - offset)
 
     def check_overlapped(
         self, offset: int, found: bytes, changes: list[tuple[str, int, bytes]], *, final: bool
