@@ -23,9 +23,14 @@ INSIDE = (sys.executable, str(Path(__file__).with_name("inside.py")))
 
 
 def command() -> tuple[str, ...]:
-    """The installed command; without it, the module."""
+    """The command, of the mmcow that this interpreter imports."""
+    return (sys.executable, "-m", "mmcow")
+
+
+def info_command(image: Path) -> list[str]:
+    """``mmcow info`` as it is installed, since starting it is what is measured."""
     script = Path(sys.executable).with_name("mmcow")
-    return (str(script),) if script.exists() else (sys.executable, "-m", "mmcow")
+    return [*((str(script),) if script.exists() else command()), "info", str(image)]
 
 
 def create(path: Path, base: Path) -> None:

@@ -298,7 +298,7 @@ def start(lab: Lab, cell: Cell) -> Iterator[Measure]:
     def measure(side: str) -> Sample:
         command = [sys.executable, "-c", "pass"]
         if side != PYTHON:
-            command = [*ours.command(), "info", str(image)]
+            command = ours.info_command(image)
         seconds = 0.0
         for _ in range(_STARTS):
             lab.settle(image)
