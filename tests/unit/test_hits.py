@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 import threading
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -25,7 +26,10 @@ from mmcow.storage.linux import LinuxHost, NativeView
 from mmcow.storage.path import HOLD_ALL, READ, WRITE, NativePath
 from mmcow.tasks import Reactor
 
-KIB, MIB = 1 << 10, 1 << 20
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KIB = 1 << 10
 CLUSTER = 64 * KIB
 # Of the disks: the last cluster is cut.
 SIZE = 9 * CLUSTER + 20 * KIB
@@ -271,11 +275,14 @@ def test_table_follows_resize_stream_and_snapshot(top):
 # ---- the engine keeps them out where it works --------------------------------
 
 
-def pretend(image) -> list[bool]:
-    """Let the path say that a transfer is in flight, as long as the answer's first item is True."""
-    flying = [True]
-    image.engine.hits.path.busy = lambda *_: flying[0]
-    return flying
+@contextmanager
+def pretending(image) -> Iterator[None]:
+    """Let the path say that a transfer is in flight."""
+    image.engine.hits.path.busy = lambda *_: True
+    try:
+        yield
+    finally:
+        del image.engine.hits.path.busy
 
 
 @pytest.mark.parametrize(
@@ -294,32 +301,28 @@ def pretend(image) -> list[bool]:
 def test_changes_wait_for_hits_in_flight(top, cache, begin):
     with open_top(top, cache=cache) as image:
         image.write(8 * CLUSTER, b"x" * CLUSTER)
-        flying = pretend(image)
+        before = own(image), image.size
         with image.reactor.lock:
-            before = own(image), image.size
-            completion = begin(image.engine)
-            for _ in range(20):
+            with pretending(image):
+                completion = begin(image.engine)
                 image.reactor.poll()
-            while image.opener.queue.busy:
-                image.reactor.poll()
-            assert not completion.done
-            assert (own(image), image.size) == before
-            flying[0] = False
+                while image.opener.queue.busy:
+                    image.reactor.poll()
+                assert not completion.done
+                assert (own(image), image.size) == before
             image.reactor.wait(completion)
 
 
 def test_reads_plain_writes_and_flushes_do_not_wait(top):
     with open_top(top, cache="writeback") as image:
         image.write(0, b"x" * CLUSTER)
-        flying = pretend(image)
-        with image.reactor.lock:
+        with image.reactor.lock, pretending(image):
             for completion in (
                 image.engine.read(0, aligned(SIZE)),
                 image.engine.write(5, memoryview(b"mapped")),
                 image.reactor.spawn(image.engine.flush()),
             ):
                 image.reactor.wait(completion)
-        flying[0] = False
 
 
 def test_who_waits_for_a_hit_does_not_sleep_in_the_queue():
