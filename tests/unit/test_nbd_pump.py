@@ -25,6 +25,12 @@ from tests.unit.nbd_serving import KIB, MIB, make_overlay, make_raw, serving
 SIZE = 4 * MIB
 
 
+@pytest.fixture(autouse=True)
+def _with_hits(monkeypatch):
+    """Also where the others run without: what the pump does by itself is the subject."""
+    monkeypatch.setenv("MMCOW_HITS", "on")
+
+
 def make_disk(folder, rng, cluster="4k"):
     """An overlay that has some of its clusters; returns its path and its content."""
     content = bytearray(rng.randbytes(3 * MIB) + bytes(SIZE - 3 * MIB))
