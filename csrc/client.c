@@ -219,6 +219,8 @@ static void start(struct mmc_ask *ask)
         ask->transfer.finished = finished;
         rc = mmc_path_begin(client->path, &ask->transfer, code, request->offset, ask->buffer,
                             request->length, &client->queue->batch);
+        if (rc == MMC_STARTED && ask->transfer.allocates)
+            mmc_ahead_follow(client, request->offset, request->length);
     }
     if (rc == MMC_ZEROS)
         mmc_ask_zeros(ask);

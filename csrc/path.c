@@ -3,6 +3,7 @@
 #include "strict.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -487,6 +488,19 @@ static void set_parts(struct mmc_transfer *transfer, const struct route *route, 
     }
 }
 
+static void set_transfer(struct mmc_transfer *transfer, struct mmc_path *path, int code,
+                         uint64_t offset, uint64_t length)
+{
+    transfer->parts = NULL;
+    transfer->left = 0;
+    transfer->error = 0;
+    transfer->path = path;
+    transfer->offset = offset;
+    transfer->length = length;
+    transfer->is_write = code != MMC_READ;
+    transfer->allocates = false;
+}
+
 /* Finds the range and, for a hit of at most `most` stored runs, counts it as in flight. */
 static int begin(struct mmc_path *path, struct mmc_transfer *transfer, int code, uint64_t offset,
                  char *address, uint64_t length, uint32_t most)
@@ -495,13 +509,7 @@ static int begin(struct mmc_path *path, struct mmc_transfer *transfer, int code,
     struct route route = {.count = 0};
     int rc;
 
-    transfer->parts = NULL;
-    transfer->left = 0;
-    transfer->error = 0;
-    transfer->path = path;
-    transfer->offset = offset;
-    transfer->length = length;
-    transfer->is_write = code == MMC_WRITE;
+    set_transfer(transfer, path, code, offset, length);
     if (is_foreign(path))
         return MMC_MISS;
     pthread_mutex_lock(&path->lock);
@@ -542,6 +550,49 @@ int mmc_path_begin(struct mmc_path *path, struct mmc_transfer *transfer, int cod
         mmc_requests_push(batch, &transfer->parts[i].request);
     }
     return rc;
+}
+
+/* Whether that may be done now; cuts the range to what is there. The caller holds the lock. */
+static bool can_reserve(const struct mmc_path *path, struct place *range)
+{
+    const struct mmc_layer *top = &path->layers[0];
+
+    if (!path->count || path->failed || !(path->hits & MMC_PATH_ALLOCATES))
+        return false;
+    if (range->offset >= path->size || top->start + range->offset >= top->write_end)
+        return false;
+    if (range->length > path->size - range->offset)
+        range->length = path->size - range->offset;
+    if (range->length > top->write_end - top->start - range->offset)
+        range->length = top->write_end - top->start - range->offset;
+    return !is_held(path, range, true);
+}
+
+int mmc_path_reserve(struct mmc_path *path, struct mmc_transfer *transfer, uint64_t offset,
+                     uint64_t length, struct mmc_requests *batch)
+{
+    struct place range = {offset, length, NULL};
+    struct mmc_op op = {.code = MMC_FALLOCATE, .mode = FALLOC_FL_KEEP_SIZE};
+    bool can;
+
+    if (is_foreign(path))
+        return MMC_MISS;
+    pthread_mutex_lock(&path->lock);
+    can = can_reserve(path, &range);
+    if (can) {
+        set_transfer(transfer, path, MMC_FALLOCATE, offset, range.length);
+        op.offset = path->layers[0].start + offset;
+        op.length = range.length;
+        op.fd = path->layers[0].fd;
+        mmc_request_set(&transfer->request, &op);
+        link_in(path, transfer);
+    }
+    pthread_mutex_unlock(&path->lock);
+    if (!can)
+        return MMC_MISS;
+    transfer->request.owner = finish;
+    mmc_requests_push(batch, &transfer->request);
+    return MMC_STARTED;
 }
 
 int64_t mmc_path_transfer(struct mmc_path *path, int code, uint64_t offset, void *address,

@@ -51,6 +51,11 @@ struct mmc_transfer {
 int mmc_path_begin(struct mmc_path *path, struct mmc_transfer *transfer, int code, uint64_t offset,
                    void *address, uint64_t length, struct mmc_requests *batch);
 
+/* Sets space aside for a range of the disk in the top layer's file, whose content stays; of use
+ * ahead of writes that allocate. A transfer like a write in all else. */
+int mmc_path_reserve(struct mmc_path *path, struct mmc_transfer *transfer, uint64_t offset,
+                     uint64_t length, struct mmc_requests *batch);
+
 /* Whether a holder waits for transfers in flight: it has to be told of the next one that ends. */
 bool mmc_path_is_awaited(struct mmc_path *path);
 /* The queue that this path's batches go to. */

@@ -135,6 +135,7 @@ struct mmc_ask *mmc_ask_take(struct mmc_client *client)
     ask->words = NULL;
     ask->charged = 0;
     ask->result = 0;
+    ask->is_reserve = false;
     ask->is_answered = false;
     ask->is_leaked = false;
     client->asks++;
@@ -259,7 +260,9 @@ static void end_hit(struct mmc_ask *ask)
     if (ask->transfer.allocates && ++pump->state.allocated % ALLOCATED_MAX == 0)
         pump->must_return = true;
     pump->has_ended |= mmc_path_is_awaited(client->path);
-    if (client->is_over)
+    if (ask->is_reserve)
+        mmc_ahead_end(ask);
+    else if (client->is_over)
         mmc_ask_give(ask);
     else if (ask->result < 0)
         mmc_pump_tell_ask(ask);

@@ -5,6 +5,7 @@
  *     pump.c      turns: who is ready; queues; the caller's events
  *     client.c    bytes received become requests: hits are begun, the rest are events
  *     replies.c   requests that are over become bytes sent
+ *     ahead.c     space for writes to come
  *     room.c      buffers      nbd.c  the wire      path.c, queue.c  the transfers
  *
  * A request (struct mmc_ask) is in one place at a time: its client's `incoming` while its payload
@@ -43,6 +44,7 @@ struct mmc_ask {
     int64_t result; /* of the transfer; below 0: the caller answers */
     void *buffer;   /* for request.length bytes, or NULL */
     uint64_t charged;
+    bool is_reserve;  /* of space, for nobody: see ahead.c */
     bool is_answered; /* by the caller */
     bool is_leaked;   /* its buffer */
     uint8_t *words;   /* the reply's bytes where `head` is too small */
@@ -68,6 +70,15 @@ enum {
     LIST_PARTED,  /* the caller must be told */
     LIST_ROOM,    /* wait for room, in order of arrival */
     LISTS
+};
+
+/* A client's run of new clusters: see ahead.c. Bytes of the disk. */
+struct mmc_ahead {
+    uint64_t next; /* where the run goes on */
+    uint64_t run;  /* how long it is */
+    uint64_t end;  /* of what is set aside for it */
+    bool is_busy;
+    bool is_useless;
 };
 
 struct mmc_client {
@@ -99,6 +110,7 @@ struct mmc_client {
     struct mmc_ask *incoming; /* a WRITE whose payload is coming */
     uint32_t filled;
     uint32_t skip; /* bytes to come of a payload too long to be taken; then it is begun */
+    struct mmc_ahead ahead;
     struct mmc_asks replies;
     uint64_t sent; /* of the first of them */
     uint32_t at;   /* what was received and is not begun is in[at, have) */
@@ -174,6 +186,11 @@ void mmc_client_rewatch(struct mmc_client *client);
 void mmc_client_part(struct mmc_client *client, int64_t result, uint64_t value);
 /* Some of what it had under way is over. */
 void mmc_client_ease(struct mmc_client *client);
+
+/* ahead.c */
+/* New clusters are being written. */
+void mmc_ahead_follow(struct mmc_client *client, uint64_t offset, uint64_t length);
+void mmc_ahead_end(struct mmc_ask *ask);
 
 /* replies.c */
 /* A request that the pump did itself is over. */

@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 
 #include "test.h"
@@ -52,12 +53,14 @@ static void set_path(struct disk *disk, int fd)
                                     .size = DISK,
                                     .read_end = DISK,
                                     .write_end = DISK,
-                                    .cluster_shift = 16,
+                                    .cluster_shift = 12,
                                     .file_align = ALIGN,
                                     .memory_align = 1,
                                     .fd = fd};
 
-    CHECK_EQUAL(mmc_path_set(disk->path, DISK, &layer, 1, MMC_PATH_WRITES), 0);
+    CHECK_EQUAL(mmc_path_set(disk->path, DISK, &layer, 1,
+                             MMC_PATH_WRITES | (disk->view ? MMC_PATH_ALLOCATES : 0)),
+                0);
 }
 
 static struct disk *open_disk(int backend, int has_bits)
@@ -630,6 +633,50 @@ static void test_errors_are_the_callers(int backend)
     close(write_only);
 }
 
+static uint64_t space_used(int fd)
+{
+    struct stat facts;
+
+    CHECK_EQUAL(fstat(fd, &facts), 0);
+    CHECK_EQUAL(facts.st_size, DISK);
+    return (uint64_t)facts.st_blocks * 512;
+}
+
+/* New clusters one after the other: space is set aside ahead, no more than what was written, and
+ * none for a client that jumps about. What a run leaves unwritten stays a hole to its reader. */
+static void test_space_ahead(int backend)
+{
+    struct disk *disk = open_disk(backend, 1);
+    const int fd = attach(disk, MMC_CLIENT_WRITES, NULL, 0);
+    const struct mmc_pump_state *state = mmc_pump_state(disk->pump);
+    uint8_t *data = malloc(65536);
+    uint64_t most = 0;
+    unsigned i;
+
+    random_fill(data, 65536);
+    for (i = 0; i < 400; i++) {
+        const uint64_t at = i < 128 ? i * 4096 : (uint64_t)(i * 7 % 900 + 800) * 4096;
+        const uint64_t written = (i + 1) * 4096;
+
+        ask(fd, WRITE, 0, i, at, 4096, data);
+        while (state->allocated <= i)
+            turn(disk, 100);
+        turn(disk, 0);
+        receive_all(fd, data + 4096, 16);
+        CHECK(space_used(disk->fd) <= 2 * written + (64 << 10));
+        if (space_used(disk->fd) > written + most)
+            most = space_used(disk->fd) - written;
+    }
+    CHECK(most >= 64 << 10);
+    CHECK_EQUAL(disk->counts.operations[WRITE], 400);
+    CHECK_EQUAL(disk->asked + disk->failed, 0);
+    close(fd);
+    turn_until_parted(disk, 1);
+    CHECK_EQUAL(mmc_view_bits_count(disk->view, 0, 0, DISK / 4096), 400);
+    close_disk(disk);
+    free(data);
+}
+
 static uint64_t address_space(void)
 {
     FILE *file = fopen("/proc/self/statm", "r");
@@ -777,6 +824,7 @@ static void run_all(int backend)
     RUN(test_room_is_shared_out(backend));
     RUN(test_clients_that_vanish(backend));
     RUN(test_errors_are_the_callers(backend));
+    RUN(test_space_ahead(backend));
     RUN(test_no_memory(backend));
     RUN(test_who_may_not_write_and_who_is_refused(backend));
     RUN(test_results_of_the_callers_own(backend));

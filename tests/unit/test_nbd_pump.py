@@ -29,6 +29,7 @@ SIZE = 4 * MIB
 def _with_hits(monkeypatch):
     """Also where the others run without: what the pump does by itself is the subject."""
     monkeypatch.setenv("MMCOW_HITS", "on")
+    monkeypatch.setenv("MMCOW_PUMP", "on")
 
 
 def make_disk(folder, rng, cluster="4k"):
