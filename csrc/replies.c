@@ -165,7 +165,7 @@ static int send_some(struct mmc_client *client)
     if (n < 0 && errno != EAGAIN)
         return -errno;
     client->is_blocked = n < (ssize_t)gather.total;
-    if (n > 0)
+    if (n >= 0) /* also of nothing: a reply may be empty */
         advance(client, (uint64_t)n);
     return !client->is_blocked && client->replies.first;
 }

@@ -65,6 +65,7 @@ class Image:
         self._reactor = opened.reactor
         self._waiting: set[asyncio.Future[Any]] = set()
         self._poll_due = False
+        self._give_back: Callable[[], None] | None = None  # the queue is lent
         self._closing = False
         self._loop.add_reader(self._queue.fileno(), self.poll)
 
@@ -163,6 +164,8 @@ class Image:
             return
         self._check_process()
         self._closing = True
+        if self._give_back is not None:
+            self._give_back()
         try:
             if self._reactor.interrupted is None:
                 await self._finish_work()
@@ -225,14 +228,17 @@ class Image:
         """What its requests are in while the kernel has them."""
         return self._queue
 
-    def lend_queue(self) -> Any:
+    def lend_queue(self, give_back: Callable[[], None]) -> Any:
         """Leave it to the helper to see what completes, and return the queue as that knows it.
-        Whoever turns the helper then calls ``poll`` with what it collected."""
+        Whoever turns the helper then calls ``poll`` with what it collected. ``give_back`` is called
+        when the image is about to be closed; it calls ``take_queue_back``."""
         self._loop.remove_reader(self._queue.fileno())
+        self._give_back = give_back
         return self._queue.pointer
 
     def take_queue_back(self) -> None:
         """End that."""
+        self._give_back = None
         self._loop.add_reader(self._queue.fileno(), self.poll)
 
     def poll(self, collected: bytes | bytearray = b"") -> None:

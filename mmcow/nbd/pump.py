@@ -20,6 +20,7 @@ import math
 import os
 import selectors
 import struct
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from mmcow.native import check, ffi, lib
@@ -100,11 +101,10 @@ class Pump:
         self._paths: set[Any] = set()  # C has their addresses
         self._images: dict[int, Image] = {}
         for number, image in enumerate(images):
-            check(
-                lib.mmc_pump_add_queue(self._pump, image.lend_queue(), number),
-                "start of the pump", "mmcow",
-            )  # fmt: skip
+            queue = image.lend_queue(partial(self._give_back, number, image))
             self._images[number] = image
+            added = lib.mmc_pump_add_queue(self._pump, queue, number)
+            check(added, "start of the pump", "mmcow")
         self._selector = PumpSelector.of(self._loop)
         if self._selector is not None and self._selector.pump is None:
             watched = lib.mmc_pump_watch(self._pump, self._selector.fileno())
@@ -209,10 +209,21 @@ class Pump:
                 continue
             asked = True
             if event.kind != ENDED:
-                self._tell(event)
+                self._tell_safely(event)
         for number, image in tuple(self._images.items()):
             if asked or number in results:
                 image.poll(results.get(number, b""))
+
+    def _tell_safely(self, event: Event) -> None:
+        """A bug over one request ends its client, and costs nobody else theirs."""
+        try:
+            self._tell(event)
+        except Exception as error:  # noqa: BLE001 - told as asyncio tells a protocol's
+            message = {"message": "a request could not be done", "exception": error}
+            self._loop.call_exception_handler(message)
+            client = self._clients.get(event.number)
+            if client is not None:
+                client.parted(0, 0)
 
     def _tell(self, event: Event) -> None:
         client = self._clients.get(event.number)
@@ -228,19 +239,23 @@ class Pump:
 
     # ---- the end ----
 
-    def give_back(self, image: Image) -> None:
-        """Leave an image's queue to the loop: it is about to be closed. Its clients are refused."""
-        number = next(number for number, one in self._images.items() if one is image)
+    def _give_back(self, number: int, image: Image) -> None:
+        """Leave an image's queue to the loop: it is about to be closed."""
         del self._images[number]
-        lib.mmc_pump_drop_queue(self._pump, image.lend_queue())
+        for client in self._clients.values():
+            if client.image is image:
+                client.refuse()
+        lib.mmc_pump_drop_queue(self._pump, image.queue.pointer)
         image.take_queue_back()
         self.wake()
 
     def close(self) -> None:
         """With every client gone."""
-        pump, self._pump = self._pump, None
-        if pump is None:
+        if self._pump is None:
             return
+        for number, image in tuple(self._images.items()):
+            self._give_back(number, image)
+        pump, self._pump = self._pump, None
         if self._selector is not None:
             self._selector.pump = None
         else:

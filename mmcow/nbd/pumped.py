@@ -20,11 +20,26 @@ from mmcow.nbd.requests import HOLE_LEAST, SHUTDOWN, VERBS, Agreed, begin, refus
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mmcow.aio import Image
     from mmcow.nbd.export import Export
     from mmcow.nbd.pump import Event, Pump, Socket
     from mmcow.tasks import Completion
 
 _NO_PAYLOAD = memoryview(b"")
+
+
+class Answer:
+    """The one that a request gets."""
+
+    def __init__(self, pump: Pump, handle: int) -> None:
+        self._pump = pump
+        self._handle = handle
+
+    def give(self, data: bytes, how: int = lib.MMC_REPLY_BYTES) -> None:
+        """Answer, unless that was done."""
+        handle, self._handle = self._handle, 0
+        if handle:
+            self._pump.reply(handle, data, how)
 
 
 class Pumped:
@@ -50,6 +65,11 @@ class Pumped:
         self._number, self._client = pump.attach(
             self, socket, export.image.engine, export.counters.hits, flags
         )
+
+    @property
+    def image(self) -> Image:
+        """The disk that it is served."""
+        return self._export.image
 
     # ---- what the connection asks ----
 
@@ -104,39 +124,45 @@ class Pumped:
         request = _request_of(event)
         path = self._export.image.path
         what = VERBS[request.command]
-        self._fail(
-            event.handle, request,
-            StorageError(-event.result, what, path, request.offset, request.length),
-        )  # fmt: skip
+        error = StorageError(-event.result, what, path, request.offset, request.length)
+        self._fail(Answer(self._pump, event.handle), request, error)
 
     def asked(self, event: Event) -> None:
         """A request that was no hit."""
+        answer = Answer(self._pump, event.handle)
+        try:
+            self._begin(answer, event)
+        except Exception:  # a bug: what it has begun may still use the buffer
+            answer.give(b"", lib.MMC_REPLY_LEAK)
+            raise
+
+    def _begin(self, answer: Answer, event: Event) -> None:
         request = _request_of(event)
         export = self._export
         problem = SHUTDOWN if self._stopping else refusal(export, self._agreed, request)
         if problem is not None:
-            self._pump.reply(event.handle, self._agreed.error(request, *problem))
+            answer.give(self._agreed.error(request, *problem))
             return
         began = time.monotonic()
         try:
             with export.image.reactor.lock:
                 if request.command == wire.CMD_BLOCK_STATUS:
-                    self._status(event.handle, request, began)
+                    self._status(answer, request, began)
                 elif self._is_hole(request):
                     export.counters.count("read", request.length, 0.0)
-                    self._pump.reply(event.handle, self._agreed.hole(request))
+                    answer.give(self._agreed.hole(request))
                 else:
                     payload = _payload_of(event)
                     completion = begin(export, request, payload)
-                    completion.on_done(partial(self._finish, event.handle, request, began))
+                    completion.on_done(partial(self._finish, answer, request, began))
         except MmcowError as error:
-            self._fail(event.handle, request, error)
+            self._fail(answer, request, error)
 
-    def _status(self, handle: int, request: wire.Request, began: float) -> None:
+    def _status(self, answer: Answer, request: wire.Request, began: float) -> None:
         out = self._agreed.status(self._export, request)
         seconds = time.monotonic() - began
         self._export.counters.count("block_status", request.length, seconds)
-        self._pump.reply(handle, out)
+        answer.give(out)
 
     def _is_hole(self, request: wire.Request) -> bool:
         """Whether a READ meets nothing but zeros; what C calls a hole needs no Python at all."""
@@ -150,26 +176,26 @@ class Pumped:
     # ---- replies ----
 
     def _finish(
-        self, handle: int, request: wire.Request, began: float, completion: Completion[Any]
+        self, answer: Answer, request: wire.Request, began: float, completion: Completion[Any]
     ) -> None:
         if completion.error is not None:
-            self._fail(handle, request, completion.error)
+            self._fail(answer, request, completion.error)
             return
         seconds = time.monotonic() - began
         self._export.counters.count(VERBS[request.command], request.length, seconds)
         if request.command == wire.CMD_READ and request.length:
-            self._pump.reply(handle, self._agreed.data_head(request), lib.MMC_REPLY_BUFFER)
+            answer.give(self._agreed.data_head(request), lib.MMC_REPLY_BUFFER)
         else:
-            self._pump.reply(handle, self._agreed.done(request.cookie))
+            answer.give(self._agreed.done(request.cookie))
 
-    def _fail(self, handle: int, request: wire.Request, error: BaseException) -> None:
+    def _fail(self, answer: Answer, request: wire.Request, error: BaseException) -> None:
         """Tell the client in words that name no file of this host, and the log all of it."""
         export = self._export
         reason = wire.reason_of(error, export.image.path)
         out = self._agreed.error(request, wire.error_of(error), reason)
         # The kernel may go on with what nobody waits for any more.
         how = lib.MMC_REPLY_LEAK if isinstance(error, Interrupted) else lib.MMC_REPLY_BYTES
-        self._pump.reply(handle, out, how)
+        answer.give(out, how)
         export.failed(error)
 
 

@@ -249,8 +249,6 @@ class Server:
         first: Exception | None = None
         for export in self.exports.values():
             try:
-                if self.memory.pump is not None:
-                    self.memory.pump.give_back(export.image)
                 await export.image.close()
                 export.image.engine.flusher.check()  # what clients were told its owner hears too
             except Exception as error:  # noqa: BLE001 - all are closed, the first is raised

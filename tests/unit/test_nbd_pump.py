@@ -228,6 +228,31 @@ def test_a_client_that_does_not_read_the_negotiation(tmp_path):
         assert client.next_reply()[1].data == b"n" * 4096
 
 
+def test_an_image_that_is_closed_under_its_server(tmp_path):
+    """That is a mistake, but clients are told errors, and nothing crashes."""
+    image = make_raw(tmp_path / "d", bytes(MIB))
+    with serving(image, tmp_path / "s") as served, connect(served.path) as client:
+        client.write(0, b"x" * 4096)
+        served.run(served.server.exports[""].image.close)
+        assert client.error_of(nbd.READ, 0, 4096) == 108
+        assert client.error_of(nbd.WRITE, 0, data=b"y" * 4096) == 108
+
+
+def test_a_bug_over_one_request_ends_its_client_only(tmp_path):
+    def broken():
+        raise RuntimeError("a bug")
+
+    image = make_raw(tmp_path / "d", bytes(MIB))
+    with serving(image, tmp_path / "s") as served, connect(served.path) as other:
+        with connect(served.path) as client:
+            served.server.exports[""].flush = broken
+            client.start(nbd.FLUSH)
+            assert client.at_end()
+        assert other.read(0, 4096) == bytes(4096)
+        assert [str(problem["exception"]) for problem in served.problems] == ["a bug"]
+        served.problems.clear()
+
+
 class TestLoop:
     def test_a_handler_without_a_wakeup_runs_soon(self, tmp_path):
         """The interpreter's own handlers, which nothing but a return from C lets run."""
