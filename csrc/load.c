@@ -244,19 +244,50 @@ static bool is_over(const struct mmc_load *load)
     return load->stopped || load->issued == load->plan.count;
 }
 
+/* With one request at a time the queue only costs: a fifth of the requests of 4 KiB a second. False
+ * where the path wants the queue, or misses. The caller holds the lock: nobody else is in here. */
+static bool ran_alone(struct mmc_load *load, struct slot *slot, int code, uint64_t offset)
+{
+    const uint64_t length = load->plan.block;
+    int64_t result;
+
+    if (load->plan.depth != 1)
+        return false;
+    result = mmc_path_transfer(load->path, code, offset,
+                               code == MMC_READ ? slot->buffer : slot->source, length);
+    if (result == 0)
+        return false;
+    slot->transfer.offset = offset;
+    slot->transfer.is_write = code == MMC_WRITE;
+    conclude(load, slot, result, now_ns());
+    return true;
+}
+
+static void count_towards_flush(struct mmc_load *load)
+{
+    if (load->plan.flush_every && --load->to_flush == 0) {
+        load->to_flush = load->plan.flush_every;
+        load->flush_due = true;
+    }
+}
+
 /* Begins the next request in a free slot. The caller holds the lock. */
 static void begin_one(struct mmc_load *load, struct slot *slot, struct mmc_requests *batch,
                       uint64_t now)
 {
     const struct mmc_load_plan *plan = &load->plan;
     const uint64_t number = load->issued++;
-    const bool reads = is_read(plan, number);
+    const int code = is_read(plan, number) ? MMC_READ : MMC_WRITE;
     const uint64_t offset = offset_of(plan, number);
 
+    if (code == MMC_WRITE)
+        count_towards_flush(load);
     slot->begin = now;
+    if (ran_alone(load, slot, code, offset))
+        return;
     slot->transfer.finished = transfer_finished;
-    switch (mmc_path_begin(load->path, &slot->transfer, reads ? MMC_READ : MMC_WRITE, offset,
-                           reads ? slot->buffer : slot->source, plan->block, batch)) {
+    switch (mmc_path_begin(load->path, &slot->transfer, code, offset,
+                           code == MMC_READ ? slot->buffer : slot->source, plan->block, batch)) {
     case MMC_STARTED:
         load->flying++;
         break;
@@ -268,10 +299,6 @@ static void begin_one(struct mmc_load *load, struct slot *slot, struct mmc_reque
         load->handed++;
         slot->next = load->missed;
         load->missed = slot;
-    }
-    if (!reads && plan->flush_every && --load->to_flush == 0) {
-        load->to_flush = plan->flush_every;
-        load->flush_due = true;
     }
 }
 

@@ -16,6 +16,7 @@ from mmcow.cli.ui import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from mmcow.image import Image
     from mmcow.jobs.bench import Run, Side, Spread
     from mmcow.jobs.latency import Histogram
     from mmcow.jobs.load import Load
@@ -84,13 +85,20 @@ def text(sides: Sequence[Side], load: Load, style: Style) -> Iterator[str]:
         yield _ratio_text(first, side)
 
 
+def _queue(image: Image, load: Load) -> str:
+    """What moved the data: one request at a time goes without a queue, as ``Image.read`` does."""
+    if load.depth == 1 and image.engine.hits.path is not None:
+        return "synchronous"
+    return image.queue_backend
+
+
 def _side_text(side: Side, load: Load) -> Iterator[str]:
     image = side.images[0]
     layer = image.chain[0]
     depth = f" over {len(image.chain) - 1} more" if len(image.chain) > 1 else ""
     yield (
         f"{printable(side.name)}: {layer.format}{depth}, cache {layer.cache}, "
-        f"{image.queue_backend}, {human_size(image.size)}"
+        f"{_queue(image, load)}, {human_size(image.size)}"
     )
     rates = side.spread(_iops)
     seconds = sum(run.seconds for run in side.runs)
@@ -188,7 +196,7 @@ def _side_json(side: Side, load: Load) -> dict[str, Any]:
         "size": image.size,
         "layers": len(image.chain),
         "cache": image.chain[0].cache,
-        "queue": image.queue_backend,
+        "queue": _queue(image, load),
         "iops": round(side.spread(_iops).median, 2),
         "bandwidth": round(side.spread(_bandwidth).median, 1),
         "latency_us": latency.summary_us(),

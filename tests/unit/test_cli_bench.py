@@ -47,7 +47,7 @@ def test_json_has_what_programs_rely_on(capsys, raw):
     assert 0 < latency["min"] <= latency["p50"] <= latency["p90"] <= latency["p99"]
     assert latency["p99"] <= latency["p99.9"] <= latency["max"] < found["seconds"] * 1e6
     assert found["cpu_us_per_io"] >= 0
-    assert found["queue"] in ("io_uring", "threads")
+    assert found["queue"] in ("io_uring", "threads", "synchronous")
     expected = {
         "operation": "read", "read_percent": 100, "order": "random", "seed": 7, "count": 400,
         "buffer_size": 4096, "step_size": None, "depth": 8, "threads": 1, "offset": 0,
@@ -209,6 +209,14 @@ def test_queue_can_be_chosen(capsys, raw, option, queue):
     with mmcow.open(raw, format="raw", host=LinuxHost(queue)) as image:
         expected = image.queue_backend
     assert measured(capsys, *QUICK, *option, "a.raw")["queue"] == expected
+
+
+def test_one_at_a_time_needs_no_queue(capsys, raw, monkeypatch):
+    monkeypatch.setenv("MMCOW_HITS", "on")
+    assert measured(capsys, "-c", "100", "-d", "1", "-w", "a.raw")["queue"] == "synchronous"
+    assert raw.read_bytes() == bytes(100 * 4096) + b"\1" * (MIB - 100 * 4096)
+    monkeypatch.setenv("MMCOW_HITS", "off")
+    assert measured(capsys, "-c", "100", "-d", "1", "a.raw")["queue"] != "synchronous"
 
 
 def test_threads_and_every_size_are_accepted(capsys, raw):
