@@ -22,13 +22,14 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from mmcow.engine.copies import Copies
 from mmcow.engine.flush import Flusher
 from mmcow.engine.gate import Claims, Gate
 from mmcow.engine.hits import Hits
 from mmcow.engine.lookup import Lookup, Segment
 from mmcow.errors import ReadOnlyError, SyncFailed, UsageError
 from mmcow.formats.driver import Driver, Extent, Kind, Reservation
-from mmcow.native import aligned, is_zero
+from mmcow.native import aligned
 from mmcow.ranges import align_down, align_up
 from mmcow.storage.window import settle
 from mmcow.tasks import completed
@@ -68,6 +69,7 @@ class Engine:
         self.first_sector_guard: Callable[[bytes], str | None] | None = None
         self.lookup = Lookup(layers)
         self._claims = Claims(self.hits)
+        self._copies = Copies(self, self._read_from, self._write_reserved)
 
     @property
     def size(self) -> int:
@@ -471,47 +473,14 @@ class Engine:
     async def _copy_up(self, offset: int, end: int) -> int:
         self._require_base()
         cluster = self.top.info.cluster_size
-        moved = 0
         claim = await self._claims.take(offset, align_up(end, cluster))
         try:
-            for extent in self.lookup.extents(offset, align_up(end, cluster)):
-                if extent.kind is Kind.BELOW:
-                    moved += await self._copy_up_extent(extent)
+            extents = self.lookup.extents(offset, align_up(end, cluster))
+            moved = await self._copies.run([e for e in extents if e.kind is Kind.BELOW])
         finally:
             self._claims.drop(claim)
         self._bound_staged()
         return moved
-
-    async def _copy_up_extent(self, extent: Extent) -> int:
-        """Copy one unallocated run: reserve it, fill it, publish it."""
-        moved = 0
-        reservation = self.top.reserve(extent.offset, extent.length)
-        try:
-            for offset, length, host in reservation.pieces:
-                visible = min(length, self.size - offset)
-                for segment in list(self.lookup.block_status(offset, visible)):
-                    at = host + segment.offset - offset
-                    moved += await self._copy_segment(segment, at)
-        except BaseException:
-            self.top.abandon(reservation)
-            raise
-        self.top.publish(reservation)
-        return moved
-
-    async def _copy_segment(self, segment: Segment, host: int) -> int:
-        if segment.kind in (Kind.ZERO, Kind.BELOW):
-            await self.top.data.zero(host, segment.length)
-            return 0
-        offset, left = segment.offset, segment.length
-        while left:
-            part = aligned(min(left, PIECE))
-            await self._read_from(0, offset, part)
-            if is_zero(part):
-                await self.top.data.zero(host, len(part))
-            else:
-                await self.top.data.write(host, (part,))
-            offset, host, left = offset + len(part), host + len(part), left - len(part)
-        return segment.length
 
     async def give_up(self, offset: int, length: int) -> None:
         """Show the base again in a range whose content is there already, durably.

@@ -201,13 +201,14 @@ def _make_image(opener: Opener, path: str, raw: bytes, size: int, *, ones: bool)
     header = meta.parse(path, raw, len(raw))
 
     def fill(handle: Handle) -> None:
-        handle.write_at(0, raw)
-        if ones:
-            _write_ones(handle, header.header_size, header.clusters(size))
+        # The length first: to lengthen a file that has dirty pages, xfs writes them out and waits.
         length = header.file_length(size)
         handle.truncate(length)
         # A bit that finds no room on a full disk would waste the data that was written before it.
         handle.reserve(0, length)
+        handle.write_at(0, raw)
+        if ones:
+            _write_ones(handle, header.header_size, header.clusters(size))
 
     names.make_file(opener.host, path, fill, replace=True)
 

@@ -87,18 +87,28 @@ def _pull(image: Image, meter: Meter) -> int:
 def missing(image: Image) -> Iterator[tuple[int, int]]:
     """Ranges of whole clusters that the top layer does not have wholly; zeros in long pieces.
 
-    Clusters that it has may be among them: copying up leaves those alone.
+    Clusters that it has may be among them: copying up leaves those alone. So the fragments of a
+    piece are one range.
     """
     cluster = image.engine.top.info.cluster_size
-    reached = 0
+    piece = align_up(PIECE, cluster)
+    begun = reached = 0  # [begun, reached): data that is still to be handed out
     for status in image.block_status():
         if status.depth == 0:
             continue
         end = align_up(status.offset + status.length, cluster)
         start = max(align_down(status.offset, cluster), reached)
-        step = align_up(ZERO_STEP if status.is_zero else PIECE, cluster)
+        step = align_up(ZERO_STEP, cluster) if status.is_zero else piece
         while start < end:
             stop = min(end, align_down(start + step, step))
-            yield start, stop - start
-            start = stop
-        reached = max(reached, end)
+            if begun < reached and (status.is_zero or begun // piece != start // piece):
+                yield begun, reached - begun
+                begun = reached
+            if status.is_zero:
+                yield start, stop - start
+                begun = stop
+            elif begun == reached:
+                begun = start
+            start = reached = stop
+    if begun < reached:
+        yield begun, reached - begun
