@@ -241,13 +241,28 @@ class Pump:
 
     def _give_back(self, number: int, image: Image) -> None:
         """Leave an image's queue to the loop: it is about to be closed."""
+        found = self._results_of(number)
         del self._images[number]
         for client in self._clients.values():
             if client.image is image:
                 client.refuse()
         lib.mmc_pump_drop_queue(self._pump, image.queue.pointer)
         image.take_queue_back()
+        if found:
+            image.poll(found)
         self.wake()
+
+    def _results_of(self, number: int) -> bytearray:
+        """What turns have told of an image's queue and nobody has attended to yet; told once."""
+        found = bytearray()
+        rest = []
+        for event in self._todo:
+            if event.kind == RESULT and event.number == number:
+                found += _RESULT.pack(event.handle, event.result)
+            else:
+                rest.append(event)
+        self._todo = rest
+        return found
 
     def close(self) -> None:
         """With every client gone."""

@@ -238,6 +238,27 @@ def test_an_image_that_is_closed_under_its_server(tmp_path):
         assert client.error_of(nbd.WRITE, 0, data=b"y" * 4096) == 108
 
 
+def test_a_result_that_a_turn_has_told_when_the_image_is_closed(tmp_path, monkeypatch):
+    """Between the turn and what the loop does about it: else its request would never end, and the
+    image would wait for that for ever."""
+    image = make_raw(tmp_path / "d", bytes(MIB))
+    turn = Pump._turn
+    closing = []
+
+    def told(self, ms):
+        turn(self, ms)
+        if not closing and any(event.kind == pump.RESULT for event in self._todo):
+            closing.append(self._loop.create_task(disk.close()))
+
+    with serving(image, tmp_path / "s", hits=False) as served, connect(served.path) as client:
+        disk = served.server.exports[""].image
+        monkeypatch.setattr(Pump, "_turn", told)
+        client.write(MIB - 4096, b"x" * 4096)
+        served.run(lambda: asyncio.wait_for(asyncio.shield(closing[0]), 10))
+        monkeypatch.undo()
+    assert (tmp_path / "d").read_bytes() == bytes(MIB - 4096) + b"x" * 4096
+
+
 def test_a_bug_over_one_request_ends_its_client_only(tmp_path):
     def broken():
         raise RuntimeError("a bug")
