@@ -452,6 +452,35 @@ static void test_zeros(int backend)
     free(data);
 }
 
+/* Many requests that are answered at once came before what another client asks, which is still not
+ * answered last. */
+static void test_turns_are_bounded(int backend)
+{
+    enum { MANY = 1500, HEAD = 28, HOLE = 32 };
+    struct disk *disk = open_disk(backend, 1);
+    const int greedy = attach(disk, MMC_CLIENT_STRUCTURED, NULL, 0);
+    const int modest = attach(disk, MMC_CLIENT_STRUCTURED, NULL, 0);
+    uint8_t *requests = malloc(MANY * HEAD);
+    uint8_t *replies = malloc(MANY * HOLE);
+    ssize_t before;
+    int i;
+
+    for (i = 0; i < MANY; i++)
+        put_request(requests + (size_t)i * HEAD, READ, 0, (uint64_t)i, 0, 64 << 10);
+    send_all(greedy, requests, MANY * HEAD);
+    ask(modest, FLUSH, 0, 7, 0, 0, NULL);
+    while (disk->asked == 0) /* which ends the turn at once */
+        turn(disk, 0);
+    before = recv(greedy, replies, MANY * HOLE, MSG_DONTWAIT);
+    CHECK(before <= 4 * 128 * HOLE);
+    close(greedy);
+    close(modest);
+    turn_until_parted(disk, 2);
+    close_disk(disk);
+    free(requests);
+    free(replies);
+}
+
 static void test_what_came_before_it_was_attached(int backend)
 {
     struct disk *disk = open_disk(backend, 0);
@@ -817,6 +846,7 @@ static void run_all(int backend)
     RUN(test_random_traffic(backend, 0));
     RUN(test_random_traffic(backend, 1));
     RUN(test_zeros(backend));
+    RUN(test_turns_are_bounded(backend));
     RUN(test_what_came_before_it_was_attached(backend));
     RUN(test_nonsense_ends_it(backend));
     RUN(test_payload_that_is_too_long(backend));

@@ -253,6 +253,8 @@ def test_block_status_of_everything_for_ever_leaves_others_their_turn(tmp_path):
         assert slowest < 1, slowest
 
 
+# (For the pump: test_turns_are_bounded in tests/c/test_pump.c.)
+@pytest.mark.parametrize("way", ["python"], indirect=True)
 @pytest.mark.parametrize("command", [nbd.READ, nbd.TRIM, nbd.CACHE, 99])
 def test_many_that_are_answered_at_once_leave_others_their_turn(tmp_path, command):
     """All of them come to the server before what another client asks; that is not done last."""
