@@ -167,6 +167,9 @@ class LockedError(StorageError):
         self.holders = holders
 
     def __str__(self) -> str:
+        own = f"pid {os.getpid()}"
+        if any(holder.endswith(own) for holder in self.holders):
+            return f"{self.path}: {self.what}: this process is using it already ({own})"
         who = f" (held by {', '.join(self.holders)})" if self.holders else ""
         return f"{self.path}: {self.what}: another process is using it{who}"
 

@@ -11,6 +11,7 @@ import json
 import socket
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from mmcow.cli import exits, terminal
@@ -30,6 +31,7 @@ _TOP_SECONDS = 1.0
 _LOOK_SECONDS = 0.5  # for the throughput of a lone status
 _RECENT = 5.0
 _BAR = 40
+_NBD_MAGIC = b"NBDMAGIC"
 
 
 class Refused(MmcowError):
@@ -97,7 +99,7 @@ class _Server:
                 raise UsageError(f"{self._path}: {error}") from error
             raise StorageError(error.errno, "connect", self._path) from error
         self._lines = self._socket.makefile("rb")
-        self._read()
+        self._greet()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,6 +117,13 @@ class _Server:
         if "error" in answer:
             raise Refused(str(answer["error"].get("desc", "refused without a reason")))
         return answer.get("return")
+
+    def _greet(self) -> None:
+        """Read the greeting. An NBD server's has no end of line: it would be waited for in vain."""
+        with suppress(OSError):  # _read says what it is
+            if self._socket.recv(len(_NBD_MAGIC), socket.MSG_PEEK) == _NBD_MAGIC:
+                raise Refused("this is where disks are served; name the socket of --control")
+        self._read()
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -209,7 +218,8 @@ def _show(arguments: argparse.Namespace, answer: Any, ui: Ui) -> None:
     elif arguments.command == "status":
         ui.out("\n".join(line for export in answer["exports"] for line in _lines(export)))
     elif arguments.command == "stream":
-        ui.out(f"stream {answer['state']}: {_percent(answer)}")
+        ends = arguments.argument == "cancel" and answer["state"] != "cancelled"
+        ui.out(f"stream {'is being cancelled' if ends else answer['state']}: {_percent(answer)}")
     elif arguments.command == "snapshot":
         ui.out(f"frozen: {answer['frozen']}; writes go to {answer['top']}")
     elif arguments.command == "resize":

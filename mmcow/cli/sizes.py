@@ -63,8 +63,9 @@ def _bounded(value: int, text: str, what: str) -> int:
 
 def human_size(value: int) -> str:
     """Three significant digits, as qemu-img shows sizes: "1.5 GiB", "977 KiB", "512 B"."""
-    # The unit changes where the number would need a fourth digit: at 1000, not at 1024.
-    exponent = frexp(value / (1000 / 1024))[1]
+    # The unit changes where the number would need a fourth digit: not at 1024, and at 999.5, which
+    # rounds to 1000.
+    exponent = frexp(value / (999.5 / 1024))[1]
     index = max((exponent - 1) // 10, 0)
     return f"{value / (1 << 10 * index):.3g} {_UNITS[index]}B"
 

@@ -172,6 +172,8 @@ class _Tracker:
         if self._load.seconds is not None:
             shares.append(min(seconds / self._load.seconds, 1.0))
         share = (self._runs_done + max(shares)) / self._runs
+        if not share and self._load.count is None:
+            return  # nothing yet to guess the end from
         done = self._before + count
         total = max(int(done / share), done) if share else (self._load.count or 0) * self._runs
         self._progress(done * self._load.block, total * self._load.block)

@@ -118,8 +118,10 @@ class Load:
 
     def parts(self, size: int, name: str, run: int = 0) -> list[Load]:
         """What each thread does in run number ``run`` on a disk of ``size`` bytes."""
+        if self.start > size:
+            raise UsageError(f"{name}: offset {self.start}: is behind the disk of {size} bytes")
         length = size - self.start if self.length is None else self.length
-        if self.start > size or length > size - self.start:
+        if length > size - self.start:
             raise UsageError(
                 f"{name}: range {self.start}+{length} is not inside the disk of {size} bytes"
             )

@@ -157,7 +157,7 @@ class Server:
 
     def _unix_uri(self, path: str) -> str:
         scheme = "nbd+unix" if self.tls is None else "nbds+unix"
-        return f"{scheme}:///{self._default_name()}?socket={quote(path)}"
+        return f"{scheme}:///{self._default_name()}?socket={quote(os.fsencode(path))}"
 
     def _tcp_uri(self, bound: Sequence[Any]) -> str:
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
@@ -335,7 +335,8 @@ def _unlistenable(error: OSError | UnicodeError, where: str) -> UsageError | Sto
     resolve) are no errno of the system."""
     if isinstance(error, OSError) and error.errno and not isinstance(error, sockets.gaierror):
         return StorageError(error.errno, "listen", where)
-    return UsageError(f"{where}: cannot listen there: {error}")
+    words = error.strerror if isinstance(error, sockets.gaierror) else error
+    return UsageError(f"{where}: cannot listen there: {words}")
 
 
 def _remove_stale(path: str) -> None:

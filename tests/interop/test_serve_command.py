@@ -122,6 +122,11 @@ def test_killed_server_is_replaced(disk):
 def test_control_verbs(disk):
     with Server("--socket", "nbd.sock", "--control", "ctl.sock", disk) as server:
         assert "vm.acow" in ctl("status")
+        wrong = subprocess.run(
+            [*MMCOW, "ctl", "nbd.sock", "status"], capture_output=True, text=True, check=False,
+            timeout=20,  # far less than what the server gives a client that says nothing
+        )  # fmt: skip
+        assert wrong.returncode == 1 and "name the socket of --control" in wrong.stderr
         with attach() as client:
             client.write(0, b"x" * 4096)
             client.disconnect()
@@ -364,7 +369,7 @@ def test_a_paused_stream_and_one_that_is_cancelled(disk):
         )
         time.sleep(0.7)
         assert another.poll() is None  # it joins in the waiting
-        ctl("stream", "cancel")
+        assert "running" not in ctl("stream", "cancel")
         for one in (waiting, another):
             _, err = one.communicate(timeout=20)
             assert one.returncode == 1

@@ -185,7 +185,7 @@ def test_signal_stops_it(capsys, raw):
         (["-w", "--flush-interval", "8"], "flush interval 8: must not be smaller than the depth"),
         (["-w", "--no-drain"], "--no-drain needs --flush-interval"),
         (["--random", "-S", "8k"], "random requests have no step size"),
-        (["-o", "2M"], "a.raw: range 2097152"),
+        (["-o", "2M"], "a.raw: offset 2097152"),
         (["--length", "1k"], "have no room for 1 x 4096 bytes"),
         (["-i", "aio"], "argument -i/--aio: invalid choice: 'aio'"),
         (["-t", "fast"], "fast"),

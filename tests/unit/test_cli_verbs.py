@@ -189,7 +189,7 @@ def test_info_of_an_image_in_another_directory_shows_where_names_lead(capsys, tm
 def test_info_in_use_needs_force_share(capsys):
     with written("top.acow"):
         err = run(capsys, "info", "top.acow", status=1).err
-        assert "another process is using it" in err
+        assert "this process is using it already" in err
         assert err.endswith("; -U reads it nevertheless\n")
         run(capsys, "info", "-U", "top.acow")
 

@@ -128,6 +128,14 @@ def test_progress_rises_to_its_end(raw):
     assert all(done <= total for done, total in seen)
 
 
+def test_progress_towards_a_time_begins_below_its_end(raw):
+    seen = []
+    with mmcow.open(raw, format="raw") as image:
+        measure([Side("a", [image])], Load(seconds=0.3), progress=lambda *state: seen.append(state))
+    assert seen[0][0] < seen[0][1]
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_progress_may_stop_it_and_nothing_stays_in_flight(raw, host, threads):
     calls = 0

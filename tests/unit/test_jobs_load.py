@@ -149,6 +149,11 @@ def test_ranges_that_the_disk_does_not_have_are_refused(wrong):
         Load(count=1, **wrong).parts(SIZE, "the-disk")
 
 
+def test_an_offset_behind_the_disk_is_told_as_it_was_given():
+    with pytest.raises(UsageError, match=f"offset {SIZE + 7}: is behind the disk of {SIZE} bytes"):
+        Load(count=1, start=SIZE + 7).parts(SIZE, "the-disk")
+
+
 # ---- both loops do the same ----
 
 

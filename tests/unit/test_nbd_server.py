@@ -105,6 +105,8 @@ class TestSockets:
         with serving({"a?b#c/d": image}, tmp_path / "so ck%t") as served:
             assert served.uri.startswith("nbd+unix:///a%3Fb%23c%2Fd?socket=")
             assert served.uri.endswith("/so%20ck%25t")
+        with serving(image, tmp_path / "not UTF-8 \udcff") as served:
+            assert served.uri.endswith("/not%20UTF-8%20%FF")
 
     def test_given_ones(self, tmp_path, image):
         """As systemd hands them over; their names are not the server's to remove."""
