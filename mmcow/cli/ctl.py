@@ -31,6 +31,13 @@ _TOP_SECONDS = 1.0
 _LOOK_SECONDS = 0.5  # for the throughput of a lone status
 _RECENT = 5.0
 _BAR = 40
+# Options that go with one command.
+_OPTIONS = {
+    "name": ("--as", "snapshot"),
+    "data_file": ("--data-file", "snapshot"),
+    "rate": ("--rate", "stream"),
+    "wait": ("--wait", "stream"),
+}
 _NBD_MAGIC = b"NBDMAGIC"
 
 
@@ -66,6 +73,7 @@ def configure_ctl(parser: Parser) -> None:
 
 def run_ctl(arguments: argparse.Namespace, ui: Ui) -> int:
     """Give one command and show the answer."""
+    _check_options(arguments)
     ui.subject = arguments.socket
     with _Server(arguments.socket) as server:
         if arguments.command == "top":
@@ -80,6 +88,12 @@ def run_ctl(arguments: argparse.Namespace, ui: Ui) -> int:
             answer = _wait(server, arguments, ui)
         _show(arguments, answer, ui)
     return exits.OK
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    for key, (option, command) in _OPTIONS.items():
+        if getattr(arguments, key) not in (None, False) and arguments.command != command:
+            raise UsageError(f"ctl: {option} goes with {command}, not with {arguments.command}")
 
 
 class _Server:
@@ -257,8 +271,9 @@ def _throughput(rates: dict[str, Any]) -> str:
     """Operations and bytes per second of each verb that was asked for."""
     parts = []
     for verb, count in sorted(rates["operations"].items()):
-        moved = rates["bytes"].get(verb, 0)
-        parts.append(f"{verb} {count:.0f}/s" + (f" ({io_size(int(moved))}/s)" if moved else ""))
+        moved = rates["bytes"].get(verb, 0) if verb != "block_status" else 0  # moves nothing
+        rate = f"{count:.0f}" if count >= 1 else "<1"
+        parts.append(f"{verb} {rate}/s" + (f" ({io_size(int(moved))}/s)" if moved else ""))
     return "  ".join(parts) or "idle"
 
 

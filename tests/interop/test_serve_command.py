@@ -140,6 +140,8 @@ def test_control_verbs(disk):
         assert "no base" in ctl("stream", status=1)
         assert "must be" in ctl("stream", "fly", status=1)
         assert "--as" in ctl("snapshot", status=1)
+        assert "--rate goes with stream" in ctl("flush", "--rate", "5", status=1)
+        assert "--wait goes with stream" in ctl("snapshot", "--as", "n", "--wait", status=1)
         top = subprocess.Popen(
             [*MMCOW, "ctl", "ctl.sock", "top"], stdout=subprocess.PIPE, text=True
         )
