@@ -49,7 +49,7 @@ test: build deps-interop ## everything: lint, types, all test tiers in their sho
 	$(BIN)/mypy
 	tests/c/run
 	$(PYTEST)
-	MMCOW_QUEUE=threads MMCOW_HITS=off $(PYTEST) --ignore tests/sim
+	MMCOW_QUEUE=threads MMCOW_HITS=off $(PYTEST) --ignore tests/sim --ignore tests/guest
 
 check: build ## quick: lint, types and the tests that need neither root nor programs
 	$(BIN)/ruff check .
