@@ -65,6 +65,10 @@ int mmc_queue_fd(struct mmc_queue *queue);
  * return 0 early. */
 int mmc_queue_turn(struct mmc_queue *queue, const struct mmc_op *ops, uint32_t count,
                    struct mmc_done *done, uint32_t max, int timeout_ms);
+/* Runs one op to its end in this thread, where nothing is in flight: a sync through the ring or the
+ * pool is handed to another thread, which costs a lone one more than it gains. Returns 1, 0 where
+ * something is in flight (nothing was done), or -errno as mmc_queue_turn. No signal breaks in. */
+int mmc_queue_alone(struct mmc_queue *queue, const struct mmc_op *op, struct mmc_done *done);
 /* 1 while requests are in flight, the helper's own (see paths) included, else 0. */
 int mmc_queue_busy(struct mmc_queue *queue);
 /* Waits for everything in flight, drops its results, frees. */

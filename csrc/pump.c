@@ -18,7 +18,6 @@
 #include "pump.h"
 #include "queue.h"
 
-#define SPARE_MAX 1024
 #define READY_MAX 64
 #define DONE_MAX 64
 #define IN_BYTES (64u << 10)
@@ -27,12 +26,17 @@
 
 #define NS_PER_S UINT64_C(1000000000)
 #define NS_PER_MS UINT64_C(1000000)
+#define NS_PER_US UINT64_C(1000)
 /* How long a turn may be at work: one that may wait, and one in somebody else's loop. */
 #define WORK_NS (100 * NS_PER_MS)
 #define GLANCE_NS (1 * NS_PER_MS)
 /* The ring's completions interrupt a wait as signals do. The caller, who may have a handler to run,
  * is back after so long. */
 #define SIGNAL_NS (10 * NS_PER_MS)
+/* How long a wait may be spent looking, after one that was at most so long; see look. */
+#define SPIN_NS (50 * NS_PER_US)
+#define BRISK_NS (120 * NS_PER_US)
+#define UNSPUN 8
 /* Hits that allocate until the caller looks at how much metadata waits to be written. */
 #define ALLOCATED_MAX 4096
 
@@ -42,134 +46,6 @@ static uint64_t clock_ns(void)
 
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * NS_PER_S + (uint64_t)now.tv_nsec;
-}
-
-/* ---- lists -------------------------------------------------------------- */
-
-void mmc_asks_push(struct mmc_asks *list, struct mmc_ask *ask)
-{
-    ask->next = NULL;
-    if (list->last)
-        list->last->next = ask;
-    else
-        list->first = ask;
-    list->last = ask;
-}
-
-struct mmc_ask *mmc_asks_pop(struct mmc_asks *list)
-{
-    struct mmc_ask *ask = list->first;
-
-    if (!ask)
-        return NULL;
-    list->first = ask->next;
-    if (!list->first)
-        list->last = NULL;
-    return ask;
-}
-
-void mmc_pump_enlist(struct mmc_client *client, int number)
-{
-    struct mmc_clients *list = &client->pump->lists[number];
-
-    if (client->is_in[number])
-        return;
-    client->is_in[number] = true;
-    client->next[number] = NULL;
-    if (list->last)
-        list->last->next[number] = client;
-    else
-        list->first = client;
-    list->last = client;
-    client->pump->state.waiting += number == LIST_ROOM;
-    client->pump->must_return |= number == LIST_ROOM;
-}
-
-void mmc_pump_unlist(struct mmc_client *client, int number)
-{
-    struct mmc_clients *list = &client->pump->lists[number];
-    struct mmc_client *before = NULL;
-    struct mmc_client *at;
-
-    if (!client->is_in[number])
-        return;
-    for (at = list->first; at != client; at = at->next[number])
-        before = at;
-    if (before)
-        before->next[number] = client->next[number];
-    else
-        list->first = client->next[number];
-    if (list->last == client)
-        list->last = before;
-    client->is_in[number] = false;
-    client->pump->state.waiting -= number == LIST_ROOM;
-}
-
-struct mmc_client *mmc_pump_next(struct mmc_pump *pump, int number)
-{
-    struct mmc_client *client = pump->lists[number].first;
-
-    if (client)
-        mmc_pump_unlist(client, number);
-    return client;
-}
-
-/* ---- requests ----------------------------------------------------------- */
-
-struct mmc_ask *mmc_ask_take(struct mmc_client *client)
-{
-    struct mmc_pump *pump = client->pump;
-    struct mmc_ask *ask = pump->spare;
-
-    if (ask) {
-        pump->spare = ask->next;
-        pump->spare_count--;
-    } else {
-        ask = malloc(sizeof(*ask));
-        if (!ask)
-            return NULL;
-    }
-    ask->next = NULL;
-    ask->client = client;
-    ask->buffer = NULL;
-    ask->words = NULL;
-    ask->charged = 0;
-    ask->result = 0;
-    ask->is_reserve = false;
-    ask->is_answered = false;
-    ask->is_leaked = false;
-    client->asks++;
-    pump->asks++;
-    return ask;
-}
-
-static void free_client(struct mmc_client *client)
-{
-    free(client->in);
-    free(client);
-}
-
-void mmc_ask_give(struct mmc_ask *ask)
-{
-    struct mmc_client *client = ask->client;
-    struct mmc_pump *pump = client->pump;
-
-    if (ask->buffer && !ask->is_leaked)
-        mmc_room_give(&pump->room, ask->buffer, ask->request.length);
-    free(ask->words);
-    client->memory -= ask->charged;
-    pump->state.room -= ask->charged;
-    client->asks--;
-    pump->asks--;
-    if (pump->spare_count < SPARE_MAX) {
-        ask->next = pump->spare;
-        pump->spare = ask;
-        pump->spare_count++;
-    } else {
-        free(ask);
-    }
-    if (client->is_dropped && client->asks == 0)
-        free_client(client);
 }
 
 /* ---- what the caller is told -------------------------------------------- */
@@ -478,6 +354,40 @@ static void collect_all(struct mmc_pump *pump)
         collect(pump, queue);
 }
 
+/* A thread that sleeps is woken late, on a virtual machine by as much as a request takes. Where the
+ * last wait was short the next is spent looking, for a while; where nothing came in it, it was in
+ * vain, and the next few are slept through. So what nobody uses costs nothing. */
+static int look(struct mmc_pump *pump, struct epoll_event *ready)
+{
+    const uint64_t until = clock_ns() + SPIN_NS;
+    int n;
+
+    if (!pump->is_brisk || pump->unspun) {
+        pump->unspun -= pump->unspun > 0;
+        return 0;
+    }
+    do
+        n = epoll_wait(pump->epoll, ready, READY_MAX, 0);
+    while (n == 0 && clock_ns() < until);
+    if (n == 0)
+        pump->unspun = UNSPUN;
+    return n;
+}
+
+static int wait_for(struct mmc_pump *pump, struct epoll_event *ready, int ms)
+{
+    uint64_t start;
+    int n = ms ? look(pump, ready) : 0;
+
+    if (n)
+        return n;
+    start = clock_ns();
+    n = epoll_wait(pump->epoll, ready, READY_MAX, ms);
+    if (ms)
+        pump->is_brisk = n != 0 && clock_ns() - start < BRISK_NS;
+    return n;
+}
+
 /* Waits, at most until `deadline` (UINT64_MAX: for ever). Returns how many were ready. */
 static int wait(struct mmc_pump *pump, uint64_t deadline)
 {
@@ -491,7 +401,7 @@ static int wait(struct mmc_pump *pump, uint64_t deadline)
         ms = 0;
     else if (deadline != UINT64_MAX)
         ms = ms_until(pump, deadline);
-    n = epoll_wait(pump->epoll, ready, READY_MAX, ms);
+    n = wait_for(pump, ready, ms);
     pump->now = clock_ns();
     if (n >= 0) {
         serve(pump, ready, n);
@@ -761,7 +671,7 @@ void mmc_client_drop(struct mmc_client *client)
     mmc_pump_unlist(client, LIST_PARTED);
     client->is_dropped = true;
     if (client->asks == 0)
-        free_client(client);
+        mmc_client_free(client);
 }
 
 static uint64_t unsent(const struct mmc_client *client)

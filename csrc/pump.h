@@ -147,6 +147,8 @@ struct mmc_pump {
     struct mmc_asks untold; /* for the caller, when it has room */
     uint64_t now;           /* in ns, as of the last look */
     uint64_t interrupted;   /* when a wait was, first in this turn; 0: not yet */
+    uint32_t unspun;        /* waits to come that are not worth spinning for */
+    bool is_brisk;          /* the last wait was short */
     bool must_return;
     bool has_ended; /* something that is awaited */
     struct mmc_pump_event *events;
@@ -166,6 +168,9 @@ void mmc_pump_settle(struct mmc_ask *ask);
 struct mmc_pump_event *mmc_pump_tell(struct mmc_pump *pump, int kind, uint64_t number);
 /* Hands a request to the caller: at once, or when it has room. */
 void mmc_pump_tell_ask(struct mmc_ask *ask);
+
+/* asks.c */
+void mmc_client_free(struct mmc_client *client);
 void mmc_pump_enlist(struct mmc_client *client, int list);
 void mmc_pump_unlist(struct mmc_client *client, int list);
 struct mmc_client *mmc_pump_next(struct mmc_pump *pump, int list);

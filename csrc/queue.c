@@ -232,6 +232,24 @@ int mmc_queue_turn(struct mmc_queue *queue, const struct mmc_op *ops, uint32_t c
     return rc;
 }
 
+int mmc_queue_alone(struct mmc_queue *queue, const struct mmc_op *op, struct mmc_done *done)
+{
+    struct mmc_request request;
+    int rc;
+
+    if (queue->process != mmc_process())
+        return -EBADF;
+    if (mmc_queue_busy(queue))
+        return 0;
+    rc = mmc_request_set(&request, op);
+    if (rc < 0)
+        return rc;
+    mmc_request_run(&request);
+    mmc_request_clear(&request);
+    *done = (struct mmc_done){op->token, request.result};
+    return 1;
+}
+
 void mmc_queue_push(struct mmc_queue *queue, struct mmc_requests *batch)
 {
     struct mmc_collect nothing = {0};

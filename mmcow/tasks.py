@@ -233,6 +233,11 @@ class Reactor:
 
     def wait(self, completion: Completion[T]) -> T:
         """Turn the queue until ``completion`` is done; return its result."""
+        self.drive(completion)
+        return completion.result()
+
+    def drive(self, completion: Completion[Any]) -> None:
+        """Turn the queue until ``completion`` is done, whatever it ends with."""
         with self.lock:
             try:
                 self._drain()
@@ -244,7 +249,6 @@ class Reactor:
             except BaseException as error:
                 self.interrupted = error
                 raise
-        return completion.result()
 
     def check(self) -> None:
         """Raise Interrupted if a KeyboardInterrupt broke in before."""
@@ -290,8 +294,6 @@ class Reactor:
             self.ready.clear()
 
     def _wait(self, completion: Completion[Any]) -> None:
-        self._turn_without_waiting()
-        self._drain()
         while not completion.done:
             self.check()
             if self._has_leader:

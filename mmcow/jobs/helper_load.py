@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mmcow.image import Image
     from mmcow.jobs.load import Load
     from mmcow.storage.linux import NativeQueue
-    from mmcow.tasks import Completion
+    from mmcow.tasks import Completion, Task
 
 _MOST = 64  # misses and completions that are taken at once
 _ENDLESS = (1 << 64) - 1
@@ -55,6 +55,7 @@ class HelperLoad:
         self._path = path  # it must outlive the load
         self._part = part
         self._slice_ms = self.SLICE_SHARED_MS if shared else self.SLICE_MS
+        self._shared = shared
         self._pending = 0  # what the engine does for this load
         self._relieving = False
         self._deadline = 0
@@ -115,9 +116,11 @@ class HelperLoad:
                 self._queue.deliver(self._queue.taken(memoryview(done), self._collected[0]))
             if why & lib.MMC_LOAD_MISSED:
                 self._begin_misses()
-            if why & lib.MMC_LOAD_FLUSH:
-                self._begin_flush()
-            self._reactor.poll()
+            flush = self._begin_flush() if why & lib.MMC_LOAD_FLUSH else None
+            if flush is not None and self._part.drain and self._pending == 1 and not self._shared:
+                self._reactor.drive(flush)  # as Image.flush: there is nothing else to attend to
+            else:
+                self._reactor.poll()
 
     # ---- misses ----
 
@@ -152,13 +155,14 @@ class HelperLoad:
 
     # ---- flushes ----
 
-    def _begin_flush(self) -> None:
+    def _begin_flush(self) -> Task[None]:
         self._pending += 1
         lib.mmc_load_busy(self._load, 1)
         if not self._part.drain:
             lib.mmc_load_resume(self._load)
         task = self._reactor.spawn(self._engine.flush())
         task.on_done(partial(self._flush_ended, perf_counter_ns()))
+        return task
 
     def _flush_ended(self, begin: int, completion: Completion[Any]) -> None:
         if completion.error is None:

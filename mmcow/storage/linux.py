@@ -198,6 +198,7 @@ class NativeQueue:
         self._pending = bytearray()
         self._pending_lock = threading.Lock()
         self._token = 0
+        self._is_shared = False
         self._done = ffi.new("struct mmc_done[]", self.MOST_DONE)
         self._done_bytes = memoryview(ffi.buffer(self._done))
 
@@ -274,6 +275,7 @@ class NativeQueue:
         ]
 
     def submit(self) -> None:
+        self._is_shared = True  # another thread waits in ``turn``
         pending, count = self._take_pending()
         if not count:
             return
@@ -287,9 +289,14 @@ class NativeQueue:
         if not count and not self.busy:
             return []
         ops = ffi.from_buffer("struct mmc_op[]", pending) if count else ffi.NULL
-        n = lib.mmc_queue_turn(
-            self._queue, ops, count, self._done, self.MOST_DONE, -1 if wait else 0
-        )
+        n = 0
+        if wait and count == 1 and not self._is_shared:
+            # Of several threads the others would wait for this one.
+            n = lib.mmc_queue_alone(self._queue, ops, self._done)
+        if n == 0:
+            n = lib.mmc_queue_turn(
+                self._queue, ops, count, self._done, self.MOST_DONE, -1 if wait else 0
+            )
         if n == -errno.EINTR:
             return []  # the interpreter runs the signal's handler on the way back
         if n < 0:
