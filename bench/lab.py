@@ -170,13 +170,18 @@ class Lab:
     @contextmanager
     def cached(self, path: Path) -> Iterator[None]:
         """The page cache has all of a file while the block runs."""
-        with path.open("rb") as file:
-            while file.read(MIB):
-                pass
+        self.warm(path)
         try:
             yield
         finally:
             self.settle(path)
+
+    @staticmethod
+    def warm(path: Path) -> None:
+        """Read all of a file into the page cache."""
+        with path.open("rb") as file:
+            while file.read(MIB):
+                pass
 
     # ---- a file system for the largest disk ----
 

@@ -179,6 +179,10 @@ def served(lab: Lab, cell: Cell) -> Iterator[Measure]:
     def measure(side: str, count: int) -> Sample:
         connections = 4 if side.endswith(FOUR) else 1
         with _server(lab, base_side(side), work.layout, lab.scale.disk) as server:
+            if work.layout == "raw":
+                # mmcow reads what the disk has, not what a sync that failed in another process
+                # left in the page cache: as a writer it empties that of the file it opens.
+                lab.warm(lab.raw("flat", lab.scale.disk))
             before = server.cpu()
             sample = peers.fio_nbd(
                 server.socket, work, count, once=work.layout == "first", connections=connections
