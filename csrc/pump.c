@@ -34,8 +34,8 @@
  * is back after so long. */
 #define SIGNAL_NS (10 * NS_PER_MS)
 /* How long a wait may be spent looking, after one that was at most so long; see look. */
-#define SPIN_NS (50 * NS_PER_US)
-#define BRISK_NS (120 * NS_PER_US)
+#define SPIN_NS (200 * NS_PER_US)
+#define BRISK_NS (300 * NS_PER_US)
 #define UNSPUN 8
 /* Hits that allocate until the caller looks at how much metadata waits to be written. */
 #define ALLOCATED_MAX 4096
