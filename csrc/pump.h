@@ -3,6 +3,7 @@
  * What the parts of the pump share.
  *
  *     pump.c      turns: who is ready; queues; the caller's events
+ *     asks.c      requests from their first byte to the reply; lists of who waits
  *     client.c    bytes received become requests: hits are begun, the rest are events
  *     replies.c   requests that are over become bytes sent
  *     ahead.c     space for writes to come
