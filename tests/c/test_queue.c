@@ -407,6 +407,31 @@ static void test_close_waits_for_what_is_in_flight(int backend)
 
 /* ---- waiting ------------------------------------------------------------- */
 
+static void test_alone_only_with_nothing_in_flight(int backend)
+{
+    struct mmc_queue *queue = open_queue(backend, 4);
+    const int fd = scratch_file(4096);
+    struct mmc_op write = op_on(fd, MMC_WRITE, 512, "bytes", 5);
+    struct mmc_op nothing = op_on(-1, MMC_NOP, 0, NULL, 0);
+    struct mmc_op wrong = op_on(fd, 99, 0, NULL, 0);
+    struct mmc_done done = {0};
+    char found[5];
+
+    write.token = 7;
+    CHECK_EQUAL(mmc_queue_alone(queue, &write, &done), 1);
+    CHECK_EQUAL(done.token, 7);
+    CHECK_EQUAL(done.result, 5);
+    CHECK_EQUAL(pread(fd, found, 5, 512), 5);
+    CHECK(memcmp(found, "bytes", 5) == 0);
+    CHECK_EQUAL(mmc_queue_alone(queue, &wrong, &done), -EINVAL);
+    CHECK_EQUAL(mmc_queue_turn(queue, &nothing, 1, NULL, 0, 0), 0);
+    CHECK_EQUAL(mmc_queue_alone(queue, &write, &done), 0);
+    CHECK_EQUAL(mmc_queue_turn(queue, NULL, 0, &done, 1, -1), 1);
+    CHECK_EQUAL(mmc_queue_alone(queue, &write, &done), 1);
+    close(fd);
+    mmc_queue_close(queue);
+}
+
 static void test_time_out(int backend)
 {
     struct mmc_queue *queue = open_queue(backend, 4);
@@ -682,6 +707,7 @@ static void run_all(int backend)
     RUN(test_iovecs_are_copied(backend));
     RUN(test_far_more_ops_than_the_depth(backend));
     RUN(test_close_waits_for_what_is_in_flight(backend));
+    RUN(test_alone_only_with_nothing_in_flight(backend));
     RUN(test_time_out(backend));
     RUN(test_descriptor_polls(backend));
     RUN(test_signal_interrupts(backend));

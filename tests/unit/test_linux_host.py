@@ -12,6 +12,7 @@ import pytest
 
 from mmcow import StorageError, SyncFailed, UsageError
 from mmcow.native import aligned
+from mmcow.storage import linux
 from mmcow.storage.host import FALLOCATE_PUNCH, Identity
 from mmcow.storage.linux import LinuxHost
 from mmcow.tasks import Reactor
@@ -183,6 +184,28 @@ def test_more_requests_than_the_queue_is_deep(queue, handle, path):
         reactor.wait(wait)
     for n, buffer in enumerate(buffers):
         assert buffer == content[n * 8 : n * 8 + 7]
+
+
+def test_lone_request_needs_no_other_thread_until_two_wait(queue, handle, monkeypatch):
+    alone = []
+    run = linux.lib.mmc_queue_alone
+
+    class Spy:
+        def __getattr__(self, name):
+            return getattr(lib, name)
+
+        def mmc_queue_alone(self, *arguments):
+            alone.append(run(*arguments))
+            return alone[-1]
+
+    lib = linux.lib
+    monkeypatch.setattr(linux, "lib", Spy())
+    reactor = Reactor(queue)
+    assert reactor.perform(lambda: queue.datasync(handle)) == 0
+    assert alone == [1]
+    queue.submit()  # as a thread does while another waits in the kernel
+    assert reactor.perform(lambda: queue.datasync(handle)) == 0
+    assert alone == [1]
 
 
 def test_submitted_without_a_turn_and_collected_later(queue, handle):
