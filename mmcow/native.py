@@ -7,6 +7,10 @@ are used through ``lib`` by ``storage.linux``; csrc/mmc_api.h is their contract.
 
 Never: opens, names or interprets a file.
 
+No local variable holds what exports a memoryview (``ffi.from_buffer``, ``iter_unpack``): a
+traceback would keep it, and CPython before 3.12.7 crashes where the collector of cycles meets the
+memoryview before its export (gh-77894). An argument is gone before an exception gets out.
+
 Every call through ``lib`` drops the interpreter lock, which costs about 0.1 us: cross
 once per batch, never once per request or extent.
 """
@@ -74,8 +78,7 @@ def aligned(size: int, alignment: int = 4096) -> memoryview:
 
 def is_zero(buffer: Buffer) -> bool:
     """Tell whether every byte is zero; true of an empty buffer."""
-    data = ffi.from_buffer(buffer)
-    return bool(lib.mmc_is_zero(data, len(data)))
+    return bool(lib.mmc_is_zero(ffi.from_buffer(buffer), memoryview(buffer).nbytes))
 
 
 def zero_run(buffer: Buffer, block: int = 4096) -> tuple[int, bool]:
@@ -83,9 +86,9 @@ def zero_run(buffer: Buffer, block: int = 4096) -> tuple[int, bool]:
 
     The last block may be shorter. Slice a memoryview to go on behind the run.
     """
-    data = ffi.from_buffer(buffer)
     zero = ffi.new("int *")
-    length = int(lib.mmc_zero_run(data, len(data), block, zero))
+    size = memoryview(buffer).nbytes
+    length = int(lib.mmc_zero_run(ffi.from_buffer(buffer), size, block, zero))
     return length, bool(zero[0])
 
 

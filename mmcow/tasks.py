@@ -28,6 +28,8 @@ __all__ = ["Completion", "Interrupted", "Reactor", "Task", "TurnQueue", "complet
 T = TypeVar("T")
 
 _PAUSE_SECONDS = 0.001
+# Whoever should have woken the one that closes may have been interrupted on the way.
+_QUIESCE_SECONDS = 0.1
 
 
 def _pause() -> None:
@@ -281,7 +283,7 @@ class Reactor:
             try:
                 while self._has_leader or self._followers:
                     self._wake_all()
-                    self._sleep()
+                    self._sleep(_QUIESCE_SECONDS)
             finally:
                 self._quiescing -= 1
 
@@ -369,18 +371,23 @@ class Reactor:
     def _turn_unlocked(self) -> list[tuple[Completion[Any], int]]:
         return self._without_lock(lambda: self.queue.turn(True))
 
-    def _sleep(self) -> None:
+    def _sleep(self, most_seconds: float = -1) -> None:
         """Wait, without the lock, for the next ``_wake_all``. Not a Condition: a KeyboardInterrupt
         can strike in one between giving up the lock and knowing how deep it was held."""
         waiter = threading.Lock()
         waiter.acquire()
         self._sleepers.append(waiter)
-        self._without_lock(waiter.acquire)
+        try:
+            self._without_lock(lambda: waiter.acquire(timeout=most_seconds))
+        finally:
+            self._sleepers.remove(waiter)
 
     def _wake_all(self) -> None:
-        sleepers, self._sleepers = self._sleepers, []
-        for waiter in sleepers:
-            waiter.release()
+        # Each sleeper strikes itself off: a KeyboardInterrupt in the middle of this leaves those
+        # behind it where the next call finds them.
+        for waiter in self._sleepers:
+            if waiter.locked():
+                waiter.release()
 
     def _without_lock(self, wait: Callable[[], T]) -> T:
         """Call ``wait`` with the lock given up entirely, whatever the depth."""

@@ -184,7 +184,7 @@ class Pump:
     def _turn(self, ms: int) -> None:
         count = lib.mmc_pump_turn(self._pump, ms, self._events, EVENTS_MOST)
         if count > 0:  # else a signal, whose handler the interpreter runs on the way back
-            events = self._bytes[: count * _EVENT.size]
+            events = self._bytes[: count * _EVENT.size].tobytes()
             self._todo += map(Event._make, _EVENT.iter_unpack(events))
 
     def _look_around(self) -> None:

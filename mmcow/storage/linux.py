@@ -306,8 +306,9 @@ class NativeQueue:
     def taken(self, done: memoryview, count: int) -> list[tuple[Completion[Any], int]]:
         """What belongs to the results (``struct mmc_done[]``) that a turn in C has collected."""
         in_flight = self._in_flight
-        done = done[: count * _DONE.size]
-        return [(in_flight.pop(token), result) for token, result in _DONE.iter_unpack(done)]
+        # A copy, as bytes: see ``native`` on exported memoryviews.
+        values = done[: count * _DONE.size].tobytes()
+        return [(in_flight.pop(token), result) for token, result in _DONE.iter_unpack(values)]
 
     def _take_pending(self) -> tuple[bytearray, int]:
         with self._pending_lock:

@@ -83,8 +83,9 @@ class NativePath:
 
     def transfer(self, code: int, offset: int, buffer: memoryview) -> int:
         """Move one range in this thread: its length, 0 for a miss, or -errno."""
-        data = ffi.from_buffer(buffer)
-        return int(lib.mmc_path_transfer(self.pointer, code, offset, data, len(buffer)))
+        return int(
+            lib.mmc_path_transfer(self.pointer, code, offset, ffi.from_buffer(buffer), len(buffer))
+        )
 
     def __del__(self) -> None:
         # With the last user, as a thread may be inside while the image is closed. Not ffi.gc: the

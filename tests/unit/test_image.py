@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import gc
 import io
@@ -29,6 +30,7 @@ from mmcow import (
     LockedError,
     ReadOnlyError,
     UsageError,
+    native,
 )
 from mmcow.formats.driver import Kind
 from mmcow.storage.linux import BACKENDS, LinuxHost
@@ -840,6 +842,39 @@ def test_interrupt_anywhere_leaves_a_valid_image(overlay, base, host, cache, int
             assert sector in (1, 587, 781, 878), sector
             assert all(new in (0, ord("n"), was) for new, was in zip(part, old, strict=True))
     assert hits >= 10, "the interrupts came too late to prove anything"
+
+
+def test_interrupt_among_results_does_not_crash_a_later_collection(overlay, host):
+    """CPython before 3.12.7 crashes where the collector meets a memoryview whose export is garbage
+    with it: what a traceback keeps must export none."""
+
+    class BreakingIn(dict[int, object]):
+        def pop(self, *_: object) -> object:
+            raise KeyboardInterrupt
+
+    def strike(image) -> int:
+        queue = image.reactor.queue
+        one = native.aligned(4096)
+        request = queue.read(image.engine.layers[0].data.handle, 0, [one])
+        queue._in_flight = BreakingIn(queue._in_flight)
+        try:
+            image.reactor.wait(request)
+        except KeyboardInterrupt as error:
+            queue._in_flight = dict(queue._in_flight)
+            kept = error  # by its own traceback: garbage that only the collector finds
+            image.reactor.interrupted = KeyboardInterrupt()
+            return kept is not None
+        return False
+
+    def work() -> int:
+        struck = 0
+        for _ in range(20):
+            with contextlib.suppress(Interrupted), mmcow.open(overlay, host=host) as image:
+                struck += strike(image)
+                gc.collect()
+        return struck
+
+    assert in_child(work) == "20"
 
 
 @interrupts

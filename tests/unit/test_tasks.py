@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
@@ -336,6 +337,66 @@ def test_interrupted_leader_frees_its_followers(queue, reactor):
     for follower in followers:
         with pytest.raises(Interrupted):
             follower.result()
+
+
+class BreakInto:
+    """A trace function: raises KeyboardInterrupt at the n-th line that a method of the reactor
+    runs, as a signal would."""
+
+    def __init__(self, name: str, line: int) -> None:
+        self.name, self.left, self.struck = name, line, False
+
+    def __call__(self, frame, event, _):
+        if frame.f_code.co_name != self.name:
+            return self if not self.struck else None
+        if event == "line" and not self.struck:
+            self.left -= 1
+            if self.left == 0:
+                self.struck = True
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("line", range(1, 11))
+def test_interrupt_while_followers_are_woken_loses_none(queue, reactor, line):
+    """Ten lines: three sleepers, three lines each, and the end of the loop."""
+
+    async def ask():
+        return await queue.request()
+
+    break_in = BreakInto("_wake_all", line)
+
+    async def ask_traced():
+        value = await queue.request()
+        sys.settrace(break_in)
+        return value
+
+    leader = Waiter(reactor, ask_traced())
+    queue.wait_for_sleeper()
+    followers = [Waiter(reactor, ask()) for _ in range(3)]
+    with queue.changed:
+        assert queue.changed.wait_for(lambda: len(queue.in_flight) == 4, 10)
+    wait_until(lambda: len(reactor._sleepers) == 3)
+    queue.finish(queue.in_flight[0], 0)
+    with pytest.raises(KeyboardInterrupt):
+        leader.result()
+    assert break_in.struck
+    for request in list(queue.in_flight):
+        queue.finish(request, 0)
+    closing = threading.Thread(target=reactor.quiesce, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive(), "the one that closes waits for ever"
+    for follower in followers:
+        with pytest.raises(Interrupted):
+            follower.result()
+
+
+def wait_until(is_so) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_leader_leaves_once_another_thread_was_interrupted(queue, reactor):
