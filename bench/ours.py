@@ -49,7 +49,7 @@ def fill(path: Path, source: Path) -> None:
 def bench(image: Path, work: Requests, count: int, seed: int) -> Sample:
     """``mmcow bench``, which times itself from the first request to the last.
 
-    Where qemu-img bench strides, this is random: its own strides do not go round as qemu-img's do.
+    Where qemu-img bench strides, this is random, as fio is.
     """
     options = ["-w", "--pattern", "171"] if work.op == "write" else []
     if not work.sequential:

@@ -33,6 +33,8 @@ struct mmc_load {
     pthread_mutex_t lock;
     struct mmc_path *path;
     struct mmc_load_plan plan;
+    uint64_t places; /* of random requests */
+    uint64_t next;   /* where the next one in order goes, from the range's start on */
     uint64_t issued;
     uint64_t to_flush; /* writes until the next flush */
     bool flush_due;    /* it is somebody's turn to flush; nothing is begun until mmc_load_resume */
@@ -75,12 +77,20 @@ static uint64_t scaled(uint64_t value, uint64_t limit)
     return (uint64_t)((unsigned __int128)value * limit >> 64);
 }
 
-static uint64_t offset_of(const struct mmc_load_plan *plan, uint64_t number)
+/* Of the number-th request, which is the next one. */
+static uint64_t take_offset(struct mmc_load *load, uint64_t number)
 {
-    const uint64_t place = plan->is_random ? scaled(draw(plan->seed, 2 * number), plan->places)
-                                           : number % plan->places;
+    const struct mmc_load_plan *plan = &load->plan;
+    const uint64_t offset = load->next;
 
-    return plan->start + place * plan->step;
+    if (plan->is_random)
+        return plan->start + scaled(draw(plan->seed, 2 * number), load->places) * plan->block;
+    load->next += plan->step; /* both are less than the length */
+    if (load->next >= plan->length)
+        load->next -= plan->length;
+    if (load->next > plan->length - plan->block)
+        load->next = plan->first;
+    return plan->start + offset;
 }
 
 static bool is_read(const struct mmc_load_plan *plan, uint64_t number)
@@ -115,7 +125,9 @@ static void note(struct mmc_times *times, uint64_t ns)
 
 static bool is_sound(const struct mmc_load_plan *plan)
 {
-    return plan->block > 0 && plan->depth > 0 && plan->places > 0 && plan->read_percent <= 100;
+    return plan->block > 0 && plan->block <= plan->length && plan->length <= INT64_MAX &&
+           plan->first <= plan->length - plan->block && plan->depth > 0 &&
+           plan->read_percent <= 100;
 }
 
 /* Memory for all slots, `room` bytes each, where some of the requests use it. */
@@ -179,6 +191,9 @@ struct mmc_load *mmc_load_open(struct mmc_path *path, const struct mmc_load_plan
     pthread_mutex_init(&load->lock, NULL);
     load->path = path;
     load->plan = *plan;
+    load->plan.step %= plan->length;
+    load->places = plan->length / plan->block;
+    load->next = plan->first;
     load->to_flush = plan->flush_every;
     *error = make_slots(load);
     if (*error == 0)
@@ -278,7 +293,7 @@ static void begin_one(struct mmc_load *load, struct slot *slot, struct mmc_reque
     const struct mmc_load_plan *plan = &load->plan;
     const uint64_t number = load->issued++;
     const int code = is_read(plan, number) ? MMC_READ : MMC_WRITE;
-    const uint64_t offset = offset_of(plan, number);
+    const uint64_t offset = take_offset(load, number);
 
     if (code == MMC_WRITE)
         count_towards_flush(load);

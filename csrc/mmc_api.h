@@ -216,13 +216,16 @@ struct mmc_times {
     uint64_t buckets[MMC_TIME_BUCKETS];
 };
 
-/* The n-th request (from 0) is `block` bytes at start + step * place. The place is n modulo
- * `places`, or for a random load draw(2 n) * places >> 64. With draw(2 n + 1) * 100 >> 64 below
- * read_percent it is a read. draw(i): the i-th value of splitmix64 from `seed`. */
+/* Requests of `block` bytes inside the range of `length` bytes at `start`. In order: one at `first`
+ * (counted from `start`), each other one `step` behind the last, modulo `length`; where it would
+ * pass the end it is at `first` again. Random: the n-th (from 0) is at block * place; the place is
+ * draw(2 n) * places >> 64, with as many places as blocks fit. Where draw(2 n + 1) * 100 >> 64 is
+ * below read_percent it is a read. draw(i): the i-th value of splitmix64 from `seed`. */
 struct mmc_load_plan {
     uint64_t start;
+    uint64_t length;
+    uint64_t first; /* for a random load without a meaning, as `step` */
     uint64_t step;
-    uint64_t places;
     uint64_t block;
     uint64_t count; /* of requests; UINT64_MAX: until mmc_load_stop */
     uint64_t seed;

@@ -108,7 +108,7 @@ def _add_requests(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "-S", "--step-size", type=size_argument("step size"), metavar="SIZE",
-        help="from the start of one request to the next (as -s: one after the other)",
+        help="from the start of one request to the next, round the disk (as -s)",
     )  # fmt: skip
     parser.add_argument(
         "-o", "--offset", type=size_argument("offset"), default=0, metavar="OFF",

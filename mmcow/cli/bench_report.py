@@ -59,15 +59,14 @@ def operation(load: Load) -> str:
 
 def warning(load: Load, side: Side) -> str:
     """What a load that writes does to the disk."""
-    size = side.images[0].size
-    end = size if load.length is None else load.start + load.length
+    start, end = load.reach(side.images[0].size)
     amount = ""
     if load.count is not None:
         writes = load.count * (100 - load.read_percent) // 100
         amount = f"{writes} x " if load.read_percent == 0 else f"about {writes} x "
     return (
         f"{side.name}: writing {amount}{human_size(load.block)} of bytes {load.pattern:#04x} "
-        f"between {load.start} and {end}: what is there is lost"
+        f"between {start} and {end}: what is there is lost"
     )
 
 

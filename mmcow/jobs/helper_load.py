@@ -2,7 +2,7 @@
 """A load that the C helper drives: Python is asked only for what the helper cannot decide.
 
 Owns: the slices in which the helper runs, misses, flushes, completions that came out by the way.
-Never: picks requests (csrc/load.c does, as ``jobs.load.Requests`` describes).
+Never: picks requests (csrc/load.c does, the same as ``jobs.load.Requests``).
 
 The reactor's lock is not held, and the interpreter is free, while the helper runs.
 """
@@ -216,8 +216,9 @@ def _plan(part: Load, shared: bool) -> Any:
     requests = Requests(part)
     plan = {
         "start": requests.start,
+        "length": requests.length,
+        "first": requests.first,
         "step": requests.step,
-        "places": requests.places,
         "block": requests.block,
         "count": _ENDLESS if part.count is None else part.count,
         "seed": part.seed,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Requests for measuring: which ones, and keeping a number of them in flight.
 
-Owns: ``Load`` (what is asked for), ``Requests`` (which request comes n-th), ``PythonLoad`` (the
-loop over the engine).
+Owns: ``Load`` (what is asked for), ``Requests`` (which ones that are, in their order),
+``PythonLoad`` (the loop over the engine).
 Never: opens images, reports, draws conclusions (``jobs.bench``).
 
 ``PythonLoad`` is what runs where the engine has no path, and what the helper's load (csrc/load.c,
@@ -11,6 +11,7 @@ Never: opens images, reports, draws conclusions (``jobs.bench``).
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter_ns
@@ -22,6 +23,8 @@ from mmcow.native import aligned
 from mmcow.tasks import Completion
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mmcow.image import Image
 
 DEPTH_MOST = 4096
@@ -47,13 +50,20 @@ class Load:
     """What to do to a disk. Sizes are bytes.
 
     Ends after ``count`` requests, or ``seconds``, whichever comes first; one must be given.
-    ``read_percent`` of the requests are reads, the others write ``pattern``. In order with
-    ``step`` between their starts (None: ``block``, one after the other), or ``random``: any
-    multiple of ``block`` from ``start`` on. In order they begin again at ``start`` where the next
-    would not fit. ``length`` None: up to the disk's end. After every ``flush_every`` writes comes
-    a flush (0: none), for which ``drain`` lets the requests in flight end first.
+    ``read_percent`` of the requests are reads, the others write ``pattern``. After every
+    ``flush_every`` writes comes a flush (0: none), for which ``drain`` lets the requests in flight
+    end first.
 
-    ``threads``: the range is cut into as many parts, each with ``depth`` requests in flight.
+    In order: the first at ``start``, ``step`` from each to the next (None: ``block``, one after
+    the other), modulo the disk's size, as qemu-img bench has it. With a ``length`` they keep to so
+    many bytes from ``start`` on, and it is modulo those. Where one would pass the end, which
+    qemu-img makes an error of, they begin again at ``start``. ``random``: any multiple of
+    ``block`` from ``start`` on, up to the end of the disk or of ``length``.
+
+    ``threads``: what is from ``start`` on is cut into as many parts, each with ``depth`` requests
+    in flight that keep to it.
+
+    ``first``: of a part, how far from ``start`` its first request in order is (``parts`` sets it).
     """
 
     block: int = 4096
@@ -70,6 +80,7 @@ class Load:
     flush_every: int = 0
     drain: bool = True
     threads: int = 1
+    first: int = 0
 
     @property
     def writes(self) -> bool:
@@ -116,6 +127,15 @@ class Load:
                 f"{MEMORY_MOST} bytes"
             )
 
+    def reach(self, size: int) -> tuple[int, int]:
+        """Start and end of what may be met on a disk of ``size`` bytes."""
+        if self.length is not None:
+            return self.start, self.start + self.length
+        last = self.start + ((self.count or 0) - 1) * (self.step or self.block)
+        ends_before = self.count is not None and last + self.block <= size
+        stays_behind = self.random or self.threads > 1 or ends_before
+        return self.start if stays_behind else 0, size
+
     def parts(self, size: int, name: str, run: int = 0) -> list[Load]:
         """What each thread does in run number ``run`` on a disk of ``size`` bytes."""
         if self.start > size:
@@ -131,7 +151,11 @@ class Load:
                 f"{name}: {length} bytes from {self.start} have no room for {self.threads} x "
                 f"{self.block} bytes"
             )
-        return [self._part(number, share, run) for number in range(self.threads)]
+        if self.threads > 1:
+            return [self._part(number, share, run) for number in range(self.threads)]
+        low, end = self.reach(size)
+        part = self._part(0, share, run)
+        return [replace(part, start=low, length=end - low, first=self.start - low)]
 
     def _part(self, number: int, share: int, run: int) -> Load:
         count = self.count
@@ -154,30 +178,47 @@ def _check_number(what: str, value: int, least: int, most: int | None = None) ->
         raise UsageError(f"{what} {value}: must be at least {least} {upto}".rstrip())
 
 
+class Request(NamedTuple):
+    """One of a load: where it begins on the disk, and whether it reads."""
+
+    offset: int
+    is_read: bool
+
+
 class Requests:
-    """Which request comes n-th in one part of a load."""
+    """The requests of one part of a load, in their order and without an end."""
 
     def __init__(self, part: Load) -> None:
         assert part.length is not None
         self.start = part.start
+        self.length = part.length
+        self.first = part.first
         self.block = part.block
-        self.step = part.block if part.random else part.step or part.block
-        # How many different ones there are.
-        self.places = (part.length - part.block) // self.step + 1
+        self.step = part.step or part.block
         self.read_percent = part.read_percent
         self._random = part.random
         self._seed = part.seed
 
-    def offset(self, number: int) -> int:
-        """Of the disk."""
-        if self._random:
-            place = draw(self._seed, 2 * number) * self.places >> 64
-        else:
-            place = number % self.places
-        return self.start + place * self.step
+    def __iter__(self) -> Iterator[Request]:
+        """From the first one on."""
+        places = self._random_places() if self._random else self._places()
+        for number, place in enumerate(places):
+            yield Request(self.start + place, self._is_read(number))
 
-    def is_read(self, number: int) -> bool:
-        """Whether it reads."""
+    def _places(self) -> Iterator[int]:
+        place = self.first
+        while True:
+            yield place
+            place = (place + self.step) % self.length
+            if place > self.length - self.block:
+                place = self.first
+
+    def _random_places(self) -> Iterator[int]:
+        places = self.length // self.block
+        for number in itertools.count():
+            yield (draw(self._seed, 2 * number) * places >> 64) * self.block
+
+    def _is_read(self, number: int) -> bool:
         if self.read_percent in (0, 100):
             return self.read_percent == 100
         return draw(self._seed, 2 * number + 1) * 100 >> 64 < self.read_percent
@@ -217,7 +258,7 @@ class PythonLoad:
         self._engine = image.engine
         self._reactor = image.reactor
         self._part = part
-        self._requests = Requests(part)
+        self._requests = iter(Requests(part))
         self._issued = 0
         self._writes_to_flush = part.flush_every
         self._flush_due = False
@@ -293,8 +334,7 @@ class PythonLoad:
                 return
 
     def _begin_one(self, slot: _Slot) -> None:
-        offset = self._requests.offset(self._issued)
-        is_read = self._requests.is_read(self._issued)
+        offset, is_read = next(self._requests)
         self._issued += 1
         times = self.times.reads if is_read else self.times.writes
         begin = perf_counter_ns()

@@ -59,8 +59,9 @@ static void tear_down(struct rig *rig)
 static struct mmc_load_plan plan_of(uint64_t count)
 {
     return (struct mmc_load_plan){.start = START,
-                                  .step = BLOCK,
-                                  .places = PLACES,
+                                  .length = PLACES * BLOCK,
+                                  .first = random_below(PLACES) * BLOCK,
+                                  .step = random_below(2 * PLACES) * BLOCK,
                                   .block = BLOCK,
                                   .count = count,
                                   .seed = test_seed,
@@ -124,13 +125,16 @@ static uint64_t below(uint64_t value, uint64_t limit)
 static uint64_t expect(const struct mmc_load_plan *plan, unsigned char *is_written)
 {
     uint64_t writes = 0;
+    uint64_t place;
     uint64_t n;
 
     memset(is_written, 0, PLACES);
     for (n = 0; n < plan->count; n++) {
         if (below(draw(plan->seed, 2 * n + 1), 100) < plan->read_percent)
             continue;
-        is_written[plan->is_random ? below(draw(plan->seed, 2 * n), PLACES) : n % PLACES] = 1;
+        place = plan->is_random ? below(draw(plan->seed, 2 * n), PLACES)
+                                : (plan->first + n * plan->step) / BLOCK % PLACES;
+        is_written[place] = 1;
         writes++;
     }
     return writes;
@@ -378,11 +382,16 @@ static void test_plans(void)
     int error = 0;
 
     set_up(&rig, MMC_BACKEND_POOL, NULL);
-    plan.places = 0;
+    plan.length = plan.block - 1;
     CHECK(!mmc_load_open(rig.path, &plan, &error));
     CHECK_EQUAL(error, -EINVAL);
     plan = plan_of(1);
-    plan.block = UINT64_MAX - 5;
+    plan.first = plan.length - plan.block + 1;
+    CHECK(!mmc_load_open(rig.path, &plan, &error));
+    CHECK_EQUAL(error, -EINVAL);
+    plan = plan_of(1);
+    plan.block = plan.length = INT64_MAX - 5;
+    plan.first = 0;
     CHECK(!mmc_load_open(rig.path, &plan, &error));
     CHECK_EQUAL(error, -ENOMEM);
     mmc_load_close(NULL);

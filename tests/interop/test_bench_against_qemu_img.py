@@ -36,6 +36,10 @@ def bench(*arguments):
         "-w -c 100 --pattern 90",
         "-w -c 100 -d 1 --pattern=0x5a --flush-interval=1",
         "-w -c 200 -d 8 -s 2k -S 6k -o 12k --pattern=7 --flush-interval 8 --no-drain",
+        # Round the end, again and again: the offset is taken modulo the disk's size.
+        "-w -c 90 -d 1 -s 4k -S 60k -o 20k --pattern 4",
+        "-w -c 90 -d 5 -s 4k -S 2044k -o 2036k --pattern 5",
+        "-w -c 20 -d 2 -s 2k -S 5M --pattern 6",
         "-w -c 7 -d 3 -s 128k --pattern 255 -n -t none",
         "-w -c 33 -d 2 -s 1000 -S 1500 -o 77 --pattern 1 -t writeback",
         "-w -c 50 -t writethrough -i threads --pattern 3",

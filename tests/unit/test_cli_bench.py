@@ -129,6 +129,15 @@ def test_write_tells_first_and_writes_the_pattern_where_it_was_told(capsys, raw)
     assert raw.read_bytes() == expected
 
 
+def test_warning_names_what_is_before_the_offset_where_writes_get_there(capsys, raw):
+    for count, start in (("192", 256 * KIB), ("193", 0)):
+        result = run(
+            capsys, "bench", "-w", "-c", count, "-d", "1", "-o", "256k", "-f", "raw", "a.raw"
+        )
+        assert f" between {start} and {MIB}: " in result.err
+        assert raw.read_bytes()[0] == (1 if start else 0)
+
+
 def test_reading_changes_nothing_and_warns_of_nothing(capsys, raw):
     result = run(capsys, "bench", *QUICK, "a.raw")
     assert result.err == ""

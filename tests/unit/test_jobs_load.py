@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 from collections import Counter
@@ -83,25 +84,73 @@ def test_draw_is_splitmix64():
     ]
 
 
+def first_requests(part, count):
+    return list(itertools.islice(Requests(part), count))
+
+
+def first_offsets(part, count):
+    return [request.offset for request in first_requests(part, count)]
+
+
 def test_random_requests_reach_every_block_of_the_range_and_no_other():
     part = only_part(Load(random=True, count=1, start=8 * KIB, length=64 * KIB, seed=3))
-    requests = Requests(part)
-    found = Counter(requests.offset(number) for number in range(1600))
+    found = Counter(first_offsets(part, 1600))
     assert set(found) == set(range(8 * KIB, 72 * KIB, 4 * KIB))
     assert all(50 < count < 150 for count in found.values())
 
 
-def test_steps_begin_again_where_the_next_request_would_pass_the_end():
-    part = only_part(Load(count=9, block=4 * KIB, step=10 * KIB, start=KIB, length=25 * KIB))
-    requests = Requests(part)
-    starts = [requests.offset(number) for number in range(7)]
-    assert starts == [KIB, 11 * KIB, 21 * KIB, KIB, 11 * KIB, 21 * KIB, KIB]
+# What strace shows of qemu-img 7.2: bench -d 1 -f raw -c 40 -s 4k, on a file of 64 KiB.
+SEEN_OF_QEMU_IMG = [
+    (12, 8, [8, 20, 32, 44, 56, 4, 16, 28, 40, 52, 0, 12, 24, 36, 48, 60, 8, 20]),
+    (4, 8, [*range(8, 64, 4), 0, 4, 8, 12]),
+    (80, 0, [0, 16, 32, 48, 0, 16]),
+    (64, 4, [4, 4, 4]),
+]
+
+
+@pytest.mark.parametrize(("step", "start", "seen"), SEEN_OF_QEMU_IMG)
+def test_requests_in_order_go_round_the_disk_as_qemu_imgs_do(step, start, seen):
+    part = only_part(Load(count=40, step=step * KIB, start=start * KIB), size=64 * KIB)
+    assert first_offsets(part, len(seen)) == [offset * KIB for offset in seen]
+
+
+def test_requests_of_a_range_go_round_in_it():
+    part = only_part(Load(count=9, step=12 * KIB, start=KIB, length=32 * KIB))
+    assert first_offsets(part, 6) == [n * KIB for n in (1, 13, 25, 5, 17, 29)]
+
+
+def test_requests_begin_again_where_the_next_one_would_pass_the_end():
+    part = only_part(Load(count=9, start=KIB, step=10 * KIB), size=24 * KIB)
+    assert first_offsets(part, 5) == [n * KIB for n in (1, 11, 1, 11, 1)]
+    # A disk that is no multiple of the block: no pass is at other places than the first.
+    part = only_part(Load(count=9), size=14 * KIB)
+    assert first_offsets(part, 5) == [n * KIB for n in (0, 4, 8, 0, 4)]
+
+
+@pytest.mark.parametrize(
+    ("load", "reach"),
+    [
+        (Load(count=14, start=8 * KIB), (8 * KIB, 64 * KIB)),
+        (Load(count=15, start=8 * KIB), (0, 64 * KIB)),
+        (Load(count=5, start=8 * KIB, step=12 * KIB), (8 * KIB, 64 * KIB)),
+        (Load(count=6, start=8 * KIB, step=12 * KIB), (0, 64 * KIB)),
+        (Load(seconds=1, start=8 * KIB), (0, 64 * KIB)),
+        (Load(count=999, start=8 * KIB, length=32 * KIB), (8 * KIB, 40 * KIB)),
+        (Load(count=999, start=8 * KIB, random=True), (8 * KIB, 64 * KIB)),
+        (Load(count=999, start=8 * KIB, threads=2), (8 * KIB, 64 * KIB)),
+    ],
+)
+def test_no_request_is_outside_of_what_the_load_says_it_reaches(load, reach):
+    assert load.reach(64 * KIB) == reach
+    for part in load.parts(64 * KIB, "test"):
+        for offset in first_offsets(part, part.count or 1000):
+            assert reach[0] <= offset <= reach[1] - load.block
 
 
 @pytest.mark.parametrize("percent", [1, 30, 99])
 def test_mix_has_its_share_of_reads(percent):
-    requests = Requests(only_part(Load(count=1, read_percent=percent)))
-    reads = sum(requests.is_read(number) for number in range(20000))
+    part = only_part(Load(count=1, read_percent=percent))
+    reads = sum(request.is_read for request in first_requests(part, 20000))
     assert abs(reads / 200 - percent) < 1.5
 
 
@@ -162,7 +211,11 @@ LOADS = [
     Load(count=700, random=True, depth=64, read_percent=40, pattern=PATTERN, seed=9),
     Load(count=600, depth=16, read_percent=0, pattern=PATTERN, start=64 * KIB, length=MIB),
     Load(count=90, depth=3, read_percent=0, pattern=PATTERN, block=20 * KIB, step=28 * KIB),
+    # Round the disk, back to other places than at first; then into one that is too near its end.
+    Load(count=400, depth=6, read_percent=0, pattern=PATTERN, step=44 * KIB, start=24 * KIB),
+    Load(count=90, depth=1, read_percent=50, pattern=PATTERN, step=148 * KIB, block=12 * KIB),
     # Nothing here is aligned to anything.
+    Load(count=70, depth=4, read_percent=0, pattern=PATTERN, block=999, step=77_777, start=3),
     Load(count=150, random=True, depth=5, read_percent=50, pattern=PATTERN, block=1000, start=77),
     Load(count=300, random=True, depth=8, read_percent=0, pattern=PATTERN, flush_every=40),
     Load(count=300, random=True, depth=8, read_percent=0, flush_every=8, drain=False),
@@ -172,13 +225,11 @@ LOADS = [
 @pytest.mark.parametrize("load", LOADS, ids=range(len(LOADS)))
 def test_what_a_load_writes_is_what_its_requests_say(driver, path, load):
     part = only_part(load)
-    requests = Requests(part)
     with opened(path) as image:
         model = bytearray(image.read(0, SIZE))
     writes = 0
-    for number in range(load.count):
-        if not requests.is_read(number):
-            offset = requests.offset(number)
+    for offset, is_read in first_requests(part, load.count):
+        if not is_read:
             model[offset : offset + load.block] = bytes([load.pattern]) * load.block
             writes += 1
     with opened(path, write=True) as image:
