@@ -28,6 +28,7 @@ from mmcow.cli.options import (
 )
 from mmcow.cli.progress import meter
 from mmcow.cli.ui import CommandLineError
+from mmcow.errors import Cancelled
 from mmcow.jobs.bench import Side, measure
 from mmcow.jobs.load import SECONDS_MOST, Load
 from mmcow.storage.linux import LinuxHost, NativeQueue
@@ -163,7 +164,7 @@ def _seconds(text: str) -> float:
 
 
 def run_bench(arguments: argparse.Namespace, ui: Ui) -> int:
-    """Measure; then print, then draw."""
+    """Measure; then print, then draw: after Ctrl-C what the runs say that were over."""
     load = _load(arguments)
     load.check()
     names = [arguments.file, *arguments.vs]
@@ -178,12 +179,20 @@ def run_bench(arguments: argparse.Namespace, ui: Ui) -> int:
         if load.writes and not arguments.quiet:
             for side in sides:
                 ui.note(bench_report.warning(load, side))
-        with meter(ui, arguments, "bench") as progress:
-            measure(sides, load, repeat=repeat, progress=progress)
-        _print(sides, load, arguments, ui)
-        if write_picture is not None:
-            picture = plot.latencies(sides, bench_report.plan(load))
+        stopped = ""
+        try:
+            with meter(ui, arguments, "bench") as progress:
+                measure(sides, load, repeat=repeat, progress=progress)
+        except Cancelled:
+            stopped = bench_report.runs_over(sides, repeat)
+        measured = [side for side in sides if side.runs]
+        if measured:
+            _print(measured, load, arguments, ui, stopped)
+        if measured and write_picture is not None:
+            picture = plot.latencies(measured, bench_report.plan(load))
             write_picture(picture)
+    if stopped:
+        raise Cancelled(f"bench: {stopped}")
     return exits.OK
 
 
@@ -246,12 +255,14 @@ def _open(
     return images
 
 
-def _print(sides: list[Side], load: Load, arguments: argparse.Namespace, ui: Ui) -> None:
+def _print(
+    sides: list[Side], load: Load, arguments: argparse.Namespace, ui: Ui, stopped: str
+) -> None:
     if arguments.json:
-        ui.out_json(bench_report.as_json(sides, load))
+        ui.out_json(bench_report.as_json(sides, load, interrupted=bool(stopped)))
     elif not arguments.quiet:
         unicode = terminal.can_show(ui.stdout, chart.CHARACTERS)
         style = bench_report.Style(terminal.width_of(sys.stdout), unicode)
-        for line in bench_report.text(sides, load, style):
+        for line in bench_report.text(sides, load, style, stopped=stopped):
             ui.out(line)
     ui.flush()

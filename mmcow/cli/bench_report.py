@@ -70,9 +70,20 @@ def warning(load: Load, side: Side) -> str:
     )
 
 
-def text(sides: Sequence[Side], load: Load, style: Style) -> Iterator[str]:
-    """All lines."""
+def runs_over(sides: Sequence[Side], repeat: int) -> str:
+    """How far a measurement of ``repeat`` runs of each side came."""
+    total = repeat * len(sides)
+    over = sum(len(side.runs) for side in sides)
+    if not over:
+        return "no run was over, so there are no figures"
+    return f"{over} of {total} runs were over" if over < total else "every run was over"
+
+
+def text(sides: Sequence[Side], load: Load, style: Style, *, stopped: str = "") -> Iterator[str]:
+    """All lines. ``stopped``: how far it came, where it did not come to its end."""
     yield plan(load)
+    if stopped:
+        yield f"interrupted: {stopped}"
     scale = chart.Scale.for_all([side.merged(_latency) for side in sides])
     for side in sides:
         yield ""
@@ -154,10 +165,10 @@ def _ratio_text(first: Side, side: Side) -> str:
 # ---- for programs ----
 
 
-def as_json(sides: Sequence[Side], load: Load) -> dict[str, Any]:
+def as_json(sides: Sequence[Side], load: Load, *, interrupted: bool) -> dict[str, Any]:
     """One object: the load, the first side's figures, and the others' in "vs"."""
     first = sides[0]
-    found = _load_json(load) | _side_json(first, load)
+    found = _load_json(load) | {"interrupted": interrupted} | _side_json(first, load)
     if len(sides) > 1:
         found["vs"] = [
             _side_json(side, load) | {"ratio": _spread_json(side.ratio(first))}

@@ -116,8 +116,9 @@ class Side:
         return Spread.of([figure(run) for run in self.runs])
 
     def ratio(self, first: Side) -> Spread:
-        """How many times this side's IOPS ``first`` has, by pairs of runs."""
-        pairs = zip(first.runs, self.runs, strict=True)
+        """How many times this side's IOPS ``first`` has, by pairs of runs. Of a measurement that
+        was stopped the last run may have no partner."""
+        pairs = zip(first.runs, self.runs, strict=False)
         return Spread.of([a.iops / b.iops if b.iops else 0.0 for a, b in pairs])
 
     def merged(self, which: Callable[[Run], Histogram]) -> Histogram:
@@ -132,7 +133,7 @@ def measure(
 
     Sides are interleaved, A B B A: what drifts on the machine meets all of them alike.
     ``progress`` is called with bytes; whatever it raises ends the measurement, with no request
-    left in flight.
+    left in flight. The runs that were over stay in ``side.runs``.
     """
     load.check()
     for side in sides:

@@ -14,6 +14,7 @@ import pytest
 
 import mmcow
 from mmcow.cli import chart, plot
+from mmcow.jobs import bench
 from mmcow.jobs.latency import Histogram
 from mmcow.storage.linux import LinuxHost
 from tests.unit.test_cli import KIB, MIB, pair, run, template  # noqa: F401
@@ -157,21 +158,67 @@ def test_disk_in_use_is_measured_where_sharing_is_allowed(capsys, raw):
         run(capsys, "bench", *QUICK, "-U", "-f", "raw", "a.raw")
 
 
-def test_signal_stops_it(capsys, raw):
-    from mmcow.cli.progress import Meter
+# ---- Ctrl-C ----
 
-    seen = []
 
-    class Stopping(Meter):
-        def show(self):
-            seen.append(self.done)
-            signal.raise_signal(signal.SIGINT)
+@pytest.fixture
+def stopped_in_run(monkeypatch):
+    """Say how many runs are over when the signal comes."""
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("mmcow.cli.progress._choose", lambda ui, arguments: Stopping)
-        result = run(capsys, "bench", "--time", "60", "a.raw", status=130)
-    assert seen
+    def stop(runs, number=signal.SIGINT):
+        def stopping(side, *arguments):
+            nonlocal runs
+            if runs == 0:
+                signal.raise_signal(number)
+            runs -= 1
+            return real(side, *arguments)
+
+        real = bench._run
+        monkeypatch.setattr(bench, "_run", stopping)
+
+    return stop
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["-q"], ["--plot", "p.svg"]])
+def test_signal_before_a_run_is_over_leaves_nothing_to_show(capsys, raw, stopped_in_run, options):
+    stopped_in_run(0)
+    result = run(capsys, "bench", "--time", "60", *options, "a.raw", status=130)
     assert result.out == ""
+    assert result.err == "mmcow: bench: no run was over, so there are no figures: cancelled\n"
+    assert not raw.with_name("p.svg").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_keeps_the_runs_that_were_over(capsys, raw, stopped_in_run, number, status):
+    stopped_in_run(3, number)
+    result = run(
+        capsys, "bench", "-c", "50", "--repeat", "7", "a.raw", "--plot", "p.svg", status=status
+    )
+    assert "\ninterrupted: 3 of 7 runs were over\n" in result.out
+    assert " (150 requests in " in result.out
+    assert "  3 runs: middle half " in result.out
+    assert result.err == "mmcow: bench: 3 of 7 runs were over: cancelled\n"
+    assert ET.parse("p.svg").getroot().tag.endswith("svg")
+
+
+def test_comparison_that_was_stopped_has_the_ratios_of_its_pairs(capsys, raw, stopped_in_run):
+    # A B, B A, A: the third run of the first side has no partner.
+    stopped_in_run(5)
+    (raw.parent / "b.raw").write_bytes(raw.read_bytes())
+    arguments = ("-c", "50", "a.raw", "--vs", "b.raw")
+    result = run(capsys, "bench", "--json", *arguments, status=130)
+    found = json.loads(result.out)
+    assert found["interrupted"] is True
+    assert (found["count"], found["vs"][0]["count"]) == (150, 100)
+    pairs = zip(found["runs"], found["vs"][0]["runs"], strict=False)
+    ratios = [mine["iops"] / other["iops"] for mine, other in pairs]
+    assert found["vs"][0]["ratio"]["min"] == pytest.approx(min(ratios), rel=1e-4)
+    assert found["vs"][0]["ratio"]["max"] == pytest.approx(max(ratios), rel=1e-4)
+    stopped_in_run(1)
+    out = run(capsys, "bench", *arguments, status=130).out
+    assert "interrupted: 1 of 10 runs were over" in out
+    assert "b.raw" not in out
+    assert measured(capsys, "-c", "50", "a.raw")["interrupted"] is False
 
 
 # ---- options ----
