@@ -28,6 +28,7 @@ from mmcow.native import aligned
 from mmcow.nbd import memory
 from mmcow.nbd import protocol as wire
 from mmcow.nbd.handshake import Handshake, Step
+from mmcow.nbd.peers import peer_of
 from mmcow.nbd.pump import Limits, Socket
 from mmcow.nbd.pumped import Pumped
 from mmcow.nbd.requests import HOLE_LEAST, SHUTDOWN, VERBS, Agreed, begin, refusal
@@ -62,6 +63,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, server: Server) -> None:
         self.export: Export | None = None
+        self.peer = ""  # who it is, in the log
         self._server = server
         self._memory = 0  # bytes of buffers that are kept for this client
         self._pumped: Pumped | None = None  # who serves it instead, once it is negotiated
@@ -113,6 +115,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client connected."""
         self._transport = transport
+        self.peer = peer_of(transport)
         if not self._server.joined(self):
             self._gone = True
             self._transport.abort()
@@ -221,7 +224,7 @@ class Connection(asyncio.BufferedProtocol):
                     server_side=True, ssl_handshake_timeout=HANDSHAKE_SECONDS,
                 )  # fmt: skip
         except (TimeoutError, OSError) as error:  # ssl.SSLError is an OSError
-            log.warning("client dropped: TLS: %s", error)
+            self._tell_dropped(f"TLS: {error}")
         finally:
             # asyncio does not tell the protocol of a connection that ends in TLS's handshake.
             if transport is None:
@@ -243,7 +246,7 @@ class Connection(asyncio.BufferedProtocol):
         self._agreed = Agreed.of(handshake)
         self._rest = handshake.rest()  # the first requests; never more than was received at once
         export.connections += 1
-        log.info("client attached to export %r", export.name)
+        log.info("client attached to export %r%s", export.name, self.peer)
         pump = self._server.pump()
         if pump is None:
             self._receive = memoryview(bytearray(RECEIVE))
@@ -270,7 +273,7 @@ class Connection(asyncio.BufferedProtocol):
     def _over(self, broken: str | None) -> None:
         """The pump is through with it."""
         if broken is not None:
-            log.warning("client dropped: %s", broken)
+            self._tell_dropped(broken)
         self._transport.abort()
 
     def _end_handshake(self) -> None:
@@ -602,8 +605,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def drop(self, why: str) -> None:
         """Close at once, for a reason."""
-        log.warning("client dropped: %s", why)
+        self._tell_dropped(why)
         self._transport.abort()
+
+    def _tell_dropped(self, why: str) -> None:
+        line = f"client dropped{self.peer}: {why}"
+        if self.export is None:  # which costs it nothing to repeat
+            self._server.turned_away.warn(line)
+        else:
+            log.warning("%s", line)
 
     def abort(self) -> None:
         """Close at once."""
@@ -614,13 +624,18 @@ class Connection(asyncio.BufferedProtocol):
         self._stopping = True
         if self._pumped is not None:
             self._pumped.refuse()
-        if self._handshake is not None:
+        if self._handshake is None:
+            return
+        if "tls" in self._held:  # in the middle of TLS's own handshake nothing can be said
             self._end_handshake()
             self._transport.abort()
+        else:
+            self._handshake.refuse()
 
     def finish(self) -> None:
         """As if the client had said that it sends no more."""
         if not self._gone:
+            self._end_handshake()
             self._leave()
 
 

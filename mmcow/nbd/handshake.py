@@ -46,6 +46,7 @@ class Handshake:
         self._no_zeroes = False
         self._fixed = False
         self._greeted = False
+        self._refuses = False
         self._in = bytearray()
         self._out = bytearray(wire.greeting())
 
@@ -63,6 +64,10 @@ class Handshake:
         self._encrypted = True
         self.structured = False
         self.contexts = []
+
+    def refuse(self) -> None:
+        """The server stops: every option from now on, the one that is coming too, is refused."""
+        self._refuses = True
 
     def feed(self, data: bytes | memoryview) -> Step:
         """Take bytes of the client; answers collect in ``take_output``. ProtocolError: close."""
@@ -99,6 +104,8 @@ class Handshake:
     def _option(self, option: int, body: bytes) -> Step:
         if not self._fixed and option != wire.OPT_EXPORT_NAME:
             raise wire.ProtocolError(f"option {option} of a client without fixed newstyle")
+        if self._refuses:
+            return self._refuse_option(option)
         if self._tls_required and not self._encrypted:
             return self._option_before_tls(option, body)
         if option == wire.OPT_EXPORT_NAME:
@@ -108,6 +115,15 @@ class Handshake:
         except wire.BadOption as error:
             self._reply(option, error.reply, wire.encode_text(error.text))
             return Step.MORE
+
+    def _refuse_option(self, option: int) -> Step:
+        """The client has to leave; it may ask on until it does."""
+        if option == wire.OPT_ABORT:
+            return self._abort()
+        if option == wire.OPT_EXPORT_NAME:
+            return Step.CLOSE  # this option has no error reply
+        self._reply(option, wire.REP_ERR_SHUTDOWN, b"the server is stopping")
+        return Step.MORE
 
     def _option_before_tls(self, option: int, body: bytes) -> Step:
         if option == wire.OPT_ABORT:

@@ -25,6 +25,7 @@ from mmcow.errors import StorageError, UsageError
 from mmcow.nbd.connection import Connection, pump_limits
 from mmcow.nbd.export import Export
 from mmcow.nbd.memory import Memory
+from mmcow.nbd.peers import Sparing
 from mmcow.nbd.pump import Pump, can_pump
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ class Server:
         self._can_pump = tls is None and can_pump(images.values())
         self.idle_since: float | None = self.loop.time()
         self._max_connections = _affordable(max_connections)
+        afforded = self._max_connections == max_connections
+        self._bound = "max-connections" if afforded else "limit of open files"
+        self.turned_away = Sparing(self.loop.time)  # lines about clients that were never served
         self._listeners: list[asyncio.Server] = []
         self._names: list[SocketName] = []
         self._parted = asyncio.Event()
@@ -184,6 +188,10 @@ class Server:
         if self._closed is not None:
             return False
         if len(self.connections) >= self._max_connections and not self._make_room():
+            self.turned_away.warn(
+                f"client refused{connection.peer}: no more than {self._max_connections} at once "
+                f"({self._bound})"
+            )
             return False
         self.connections.add(connection)
         self.idle_since = None
@@ -262,6 +270,7 @@ class Server:
         for connection in list(self.connections):
             connection.abort()  # who does not read them
         await self._part(PARTING_SECONDS)
+        self.turned_away.rest()
         self.memory.close()
         if first is not None:
             raise first

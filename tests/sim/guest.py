@@ -158,6 +158,11 @@ class Guest(nbd.Client):
             data = (yield length) if length else b""
             if kind == nbd.ACK:
                 return found
+            if kind == nbd.ERR_SHUTDOWN and self.case.closing:
+                self.send_option(nbd.ABORT)
+                self.finished = True
+                while True:
+                    yield 1 << 30  # nothing that comes now is of interest
             assert not kind & 0x80000000, f"option {option} refused: {data!r}"
             found.append(data)
 

@@ -321,6 +321,46 @@ class TestBeforeTls:
         assert (handshake.structured, handshake.contexts) == (False, [])
 
 
+class TestStopping:
+    """What a server that ends answers to who negotiates."""
+
+    def stopping(self, *, tls=False):
+        handshake = Handshake({}, tls_required=tls)
+        handshake.feed(struct.pack(">I", 3))
+        handshake.take_output()
+        return handshake
+
+    @staticmethod
+    def option(number, data=b""):
+        return struct.pack(">8sII", nbd.IHAVEOPT, number, len(data)) + data
+
+    @pytest.mark.parametrize("tls", [False, True])
+    def test_every_option_but_abort_is_refused(self, tls):
+        handshake = self.stopping(tls=tls)
+        handshake.refuse()
+        for number in (nbd.LIST, nbd.STARTTLS, nbd.INFO, nbd.GO, nbd.SET_META_CONTEXT, 77):
+            assert handshake.feed(self.option(number, b"junk")) is Step.MORE
+            head = struct.unpack_from(">QII", handshake.take_output())
+            assert head == (0x3E889045565A9, number, nbd.ERR_SHUTDOWN)
+        assert handshake.feed(self.option(nbd.ABORT)) is Step.CLOSE
+        assert struct.unpack_from(">II", handshake.take_output(), 8) == (nbd.ABORT, nbd.ACK)
+
+    def test_the_option_that_is_coming_is_refused_when_it_is_there(self):
+        handshake = self.stopping()
+        whole = self.option(nbd.GO, bytes(6))
+        assert handshake.feed(whole[:19]) is Step.MORE
+        handshake.refuse()
+        assert handshake.take_output() == b""
+        assert handshake.feed(whole[19:]) is Step.MORE
+        assert struct.unpack_from(">II", handshake.take_output(), 8) == (nbd.GO, nbd.ERR_SHUTDOWN)
+
+    def test_export_name_has_no_answer(self):
+        handshake = self.stopping()
+        handshake.refuse()
+        assert handshake.feed(self.option(nbd.EXPORT_NAME)) is Step.CLOSE
+        assert handshake.take_output() == b""
+
+
 def test_a_negotiation_that_does_not_end(path, monkeypatch):
     monkeypatch.setattr(connection, "HANDSHAKE_SECONDS", 0.2)
     for said in (b"", struct.pack(">I", 3), struct.pack(">I", 3) + nbd.IHAVEOPT):

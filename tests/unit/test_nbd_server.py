@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import select
 import socket
+import struct
 import time
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 import mmcow
 import mmcow.aio
 from mmcow.errors import LockedError, UsageError
-from mmcow.nbd import connection, memory, server
+from mmcow.nbd import connection, memory, peers, server
 from mmcow.tasks import Completion
 from tests.unit import nbd_client as nbd
 from tests.unit.nbd_client import Client, connect
@@ -101,6 +103,26 @@ class TestSockets:
             (tmp_path / "s").write_text("another's")
         assert (tmp_path / "s").read_text() == "another's"
 
+    def test_the_log_names_who_attached(self, tmp_path, image, caplog):
+        caplog.set_level(logging.INFO, "mmcow.nbd")
+        with serving({"a": image}, tmp_path / "s") as served:
+            uri = served.run(lambda: served.server.listen_tcp("127.0.0.1", 0))
+            port = int(uri.split(":")[2].partition("/")[0])
+            connect(served.path, "a").disconnect()
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as one:
+                mine = one.getsockname()[1]
+                one.sendall(struct.pack(">I8sII", 3, nbd.IHAVEOPT, nbd.EXPORT_NAME, 1) + b"a")
+                with one.makefile("rb") as answers:
+                    assert len(answers.read(18 + 10)) == 28
+                    one.sendall(bytes(28))  # which is no request
+                    assert answers.read(1) == b""
+        lines = [r.message for r in caplog.records if r.name == "mmcow.nbd"]
+        assert [line.partition(", not")[0] for line in lines] == [
+            f"client attached to export 'a' (pid {os.getpid()}, uid {os.getuid()})",
+            f"client attached to export 'a' (127.0.0.1:{mine})",
+            f"client dropped (127.0.0.1:{mine}): request begins with 0x0",
+        ]
+
     def test_names_are_quoted_in_the_uri(self, tmp_path, image):
         with serving({"a?b#c/d": image}, tmp_path / "so ck%t") as served:
             assert served.uri.startswith("nbd+unix:///a%3Fb%23c%2Fd?socket=")
@@ -145,6 +167,44 @@ class TestLimits:
                 assert client.read(0, 1) == b"d"
             for client in good:
                 client.close()
+
+    def test_who_is_refused_is_in_the_log(self, tmp_path, image, caplog):
+        with serving(image, tmp_path / "s", max_connections=1) as served:
+            with connect(served.path), Client(served.path, greet=False) as more:
+                assert more.at_end()
+            lines = [r for r in caplog.records if "refused" in r.message]
+            who = f"(pid {os.getpid()}, uid {os.getuid()})"
+            assert [r.message for r in lines] == [
+                f"client refused {who}: no more than 1 at once (max-connections)"
+            ]
+            assert lines[0].levelno == logging.WARNING
+
+    def test_the_limit_of_open_files_is_told_as_such(self, tmp_path, image, caplog, monkeypatch):
+        monkeypatch.setattr(server.resource, "getrlimit", lambda _: (129, 4096))
+        with (
+            serving(image, tmp_path / "s", max_connections=5) as served,
+            connect(served.path),
+            Client(served.path, greet=False) as more,
+        ):
+            assert more.at_end()
+        assert "no more than 1 at once (limit of open files)" in caplog.text
+
+    @pytest.mark.parametrize("attached", [1, 0])
+    def test_a_flood_of_clients_does_not_fill_the_log(self, tmp_path, image, caplog, attached):
+        """Refused where all places are taken, else dropped in favour of who comes later."""
+        with serving(image, tmp_path / "s", max_connections=1) as served:
+            good = [connect(served.path) for _ in range(attached)]
+            flood = [Client(served.path, greet=False) for _ in range(300)]
+            turned_away = flood if attached else flood[:-1]
+            for client in turned_away:
+                assert attached or client.receive(18)
+                assert client.at_end()
+            for client in good + flood:
+                client.close()
+        lines = [r.message for r in caplog.records if r.name == "mmcow.nbd"]
+        assert len(lines) == peers.LINES_MOST + 1
+        left = len(turned_away) - peers.LINES_MOST
+        assert lines[-1] == f"{left} more clients were refused or dropped"
 
     def test_the_silent_give_way(self, tmp_path, image):
         with serving(image, tmp_path / "s", max_connections=3) as served:
@@ -326,6 +386,46 @@ class TestClose:
         assert served.stop() is None
         with mmcow.open(image) as disk:
             assert disk.read(0, 8192) == b"d" * 8192
+
+    def test_who_negotiates_meanwhile_is_told(self, tmp_path, image):
+        """While the last requests are finished; also the option that is half there."""
+        served = Serving({"": image}, tmp_path / "s", hits=False)
+        engine = served.engine()
+        held = []
+
+        def slow(_offset, buffers):
+            completion = Completion()
+            held.append((completion, len(buffers[0])))
+            return completion
+
+        engine.top.data.read = slow
+        silent, early = Client(served.path, greet=False), Client(served.path)
+        go = struct.pack(">8sII", nbd.IHAVEOPT, nbd.GO, 6)
+        with connect(served.path) as client, Client(served.path) as halfway:
+            client.start(nbd.READ, 0, 512)
+            halfway.send(go)
+            early.negotiate_structured()
+            while not held:
+                time.sleep(0.01)
+            served.loop.call_soon_threadsafe(served._end.set)
+            while not served.server._closed:
+                time.sleep(0.01)
+            halfway.send(bytes(6))
+            assert halfway.receive_option_reply(nbd.GO)[0] == nbd.ERR_SHUTDOWN
+            ((kind, text),) = early.option(nbd.LIST)
+            assert (kind, text) == (nbd.ERR_SHUTDOWN, b"the server is stopping")
+            assert early.option(nbd.ABORT) == [(nbd.ACK, b"")]
+            assert early.at_end()
+            served.loop.call_soon_threadsafe(lambda: held[0][0].set(held[0][1]))
+            served.loop.call_soon_threadsafe(engine.reactor.poll)
+            assert not client.next_reply()[1].error
+            assert client.at_end()
+            assert halfway.at_end()  # who does not take the hint
+            assert silent.receive(18)
+            assert silent.at_end()
+        silent.close()
+        early.close()
+        assert served.stop() is None
 
     def test_ends_clients_of_every_kind(self, tmp_path, image, monkeypatch):
         monkeypatch.setattr(server, "PARTING_SECONDS", 0.5)
