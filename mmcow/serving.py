@@ -89,7 +89,7 @@ def serve(
     if max_connections < 1:
         raise UsageError(f"max_connections {max_connections}: must be at least 1")
     if exit_when_idle is not None and not (0 <= exit_when_idle < math.inf):
-        raise UsageError(f"exit_when_idle {exit_when_idle}: must be a number of seconds")
+        raise UsageError(f"exit_when_idle {exit_when_idle}: must be a number of seconds, 0 or more")
     if tls_verify_peer and (tls is None or isinstance(tls, ssl.SSLContext)):
         raise UsageError("tls_verify_peer goes with tls=DIRECTORY; a context says it by itself")
     opening = {

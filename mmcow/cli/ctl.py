@@ -15,7 +15,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from mmcow.cli import exits, terminal
-from mmcow.cli.options import Parser, add_output, size_argument
+from mmcow.cli.options import Parser, add_output, add_progress, size_argument
+from mmcow.cli.progress import meter
 from mmcow.cli.sizes import exact_size, io_size, parse_size
 from mmcow.errors import MmcowError, StorageError, UsageError
 
@@ -37,6 +38,8 @@ _OPTIONS = {
     "data_file": ("--data-file", "snapshot"),
     "rate": ("--rate", "stream"),
     "wait": ("--wait", "stream"),
+    "show_progress": ("-p", "stream --wait"),
+    "progress": ("--progress", "stream --wait"),
 }
 _NBD_MAGIC = b"NBDMAGIC"
 
@@ -56,6 +59,7 @@ def configure_ctl(parser: Parser) -> None:
         "--rate", metavar="SIZE", type=size_argument("rate"), help="stream: bytes a second, at most"
     )
     parser.add_argument("--wait", action="store_true", help="stream: wait for the end of it")
+    add_progress(parser)
     add_output(parser)
     parser.add_argument("socket", metavar="SOCKET", help="the server's control socket")
     parser.add_argument("command", metavar="COMMAND", choices=_COMMANDS, help=", ".join(_COMMANDS))
@@ -91,8 +95,9 @@ def run_ctl(arguments: argparse.Namespace, ui: Ui) -> int:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
+    given = f"{arguments.command}{' --wait' if arguments.wait else ''}"
     for key, (option, command) in _OPTIONS.items():
-        if getattr(arguments, key) not in (None, False) and arguments.command != command:
+        if getattr(arguments, key) not in (None, False) and not given.startswith(command):
             raise UsageError(f"ctl: {option} goes with {command}, not with {arguments.command}")
 
 
@@ -208,14 +213,17 @@ def _only_waits(arguments: argparse.Namespace, server: _Server) -> bool:
 
 def _wait(server: _Server, arguments: argparse.Namespace, ui: Ui) -> Any:
     """Follow a stream to its end."""
-    while True:
-        ui.signals.check("ctl")
-        stream = _export(server, arguments)["stream"]
-        if stream["state"] not in ("running", "paused"):
+    with meter(ui, arguments, "stream") as told:
+        told.begun = None
+        while True:
+            ui.signals.check("ctl")  # the stream goes on: only the waiting ends
+            stream = _export(server, arguments)["stream"]
+            if stream["state"] not in ("running", "paused", "completed"):
+                raise Refused(f"stream: {stream['error'] or 'was cancelled'}")
+            told(stream["done"], stream["total"])
             if stream["state"] == "completed":
                 return stream
-            raise Refused(f"stream: {stream['error'] or 'was cancelled'}")
-        time.sleep(0.2)
+            time.sleep(0.2)
 
 
 def _of_now(server: _Server, arguments: argparse.Namespace, answer: Any) -> Any:
@@ -302,11 +310,16 @@ def _duration(microseconds: int) -> str:
 def _top(server: _Server, arguments: argparse.Namespace, ui: Ui) -> int:
     """Show the status again and again, until stopped."""
     chosen = {} if arguments.export is None else {"export": arguments.export}
-    clear = "\x1b[H\x1b[J" if terminal.is_terminal(sys.stdout) else ""
+    as_json = arguments.output == "json"
+    drawn = terminal.is_terminal(sys.stdout) and not as_json
     while not ui.signals.number:
         answer = server.execute("status", chosen)
-        lines = [line for export in answer["exports"] for line in _lines(export)]
-        ui.out(clear + "\n".join(lines))
+        if as_json:
+            ui.out(json.dumps(answer))
+        else:
+            text = "\n".join(line for export in answer["exports"] for line in _lines(export))
+            # On a terminal over the last one; else an empty line says that this one is complete.
+            ui.out("\x1b[H\x1b[J" + text if drawn else text + "\n")
         ui.flush()
         time.sleep(_TOP_SECONDS)
     return exits.OK

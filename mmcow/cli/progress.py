@@ -34,6 +34,8 @@ class Meter:
         self.what = what
         self.done = 0
         self.total = 0
+        # Of ``done``, what this run has not done; None: what the first report tells.
+        self.begun: int | None = 0
         self._clock = clock
         self._started = clock()
         self._shown = -1.0
@@ -43,6 +45,8 @@ class Meter:
         """``done`` of ``total`` bytes; raises Cancelled where the user wants to stop."""
         self.ui.signals.check(self.what)
         self.done, self.total = done, total
+        if self.begun is None:
+            self.begun = done
         now = self._clock()
         if now - self._last >= INTERVAL:
             self._last = now
@@ -120,9 +124,10 @@ class BarMeter(Meter):
 
     def _rate(self) -> str:
         seconds = self.elapsed
-        if seconds < 0.5 or not self.done:
+        done = self.done - (self.begun or 0)
+        if seconds < 0.5 or done <= 0:
             return ""
-        rate = self.done / seconds
+        rate = done / seconds
         left = (self.total - self.done) / rate
         return f"  {human_size(int(rate))}/s  " + (
             f"{clock_time(left)} left" if self.done < self.total else f"in {clock_time(seconds)}"

@@ -59,7 +59,8 @@ def configure_serve(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--tls-certs", metavar="DIR",
-        help="require TLS; DIR has server-cert.pem, server-key.pem and ca-cert.pem",
+        help="require TLS, on Unix sockets too; DIR has server-cert.pem, server-key.pem and "
+        "ca-cert.pem",
     )  # fmt: skip
     parser.add_argument(
         "--tls-verify-peer", action="store_true", help="and a client certificate signed by the CA"
@@ -69,7 +70,7 @@ def configure_serve(parser: Parser) -> None:
         help=f"refuse further clients (default: {CONNECTIONS_MOST})",
     )  # fmt: skip
     parser.add_argument(
-        "--exit-when-idle", metavar="SECONDS", type=float,
+        "--exit-when-idle", metavar="SECONDS", type=_seconds,
         help="end after that long without a client",
     )  # fmt: skip
     add_quiet(parser)
@@ -82,6 +83,19 @@ def configure_serve(parser: Parser) -> None:
     )
 
 
+def _seconds(text: str) -> float:
+    """A duration of the command line."""
+    from argparse import ArgumentTypeError  # noqa: PLC0415 - slow
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ArgumentTypeError(f"{text!r}: must be a number of seconds, 0 or more")
+    return value
+
+
 def run_serve(arguments: argparse.Namespace, ui: Ui) -> int:
     """Serve until told to stop."""
     _check(arguments)
@@ -92,25 +106,30 @@ def run_serve(arguments: argparse.Namespace, ui: Ui) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     if not (arguments.socket or arguments.bind or arguments.command or _given_sockets_count()):
         raise UsageError("serve: say where to listen: --socket, --bind, or -- COMMAND {uri}")
-    idle = arguments.exit_when_idle
-    if idle is not None and not 0 <= idle < math.inf:
-        raise UsageError(f"serve: --exit-when-idle {idle}: must be a number of seconds")
     if arguments.max_connections < 1:
         raise UsageError(f"serve: --max-connections {arguments.max_connections}: must be 1 or more")
     _check_names(arguments)
     if arguments.tls_verify_peer and not arguments.tls_certs:
         raise UsageError("serve: --tls-verify-peer needs --tls-certs")
-    if arguments.tls_certs and arguments.command and not arguments.bind:
-        raise UsageError("serve: a command is given a Unix socket, which needs no TLS")
 
 
 def _check_names(arguments: argparse.Namespace) -> None:
     names = arguments.export_name or [os.path.basename(path) for path in arguments.images]
     if len(names) != len(arguments.images):
         raise UsageError(f"serve: {len(names)} export names for {len(arguments.images)} images")
-    for name in names:
+    for name, path in zip(names, arguments.images, strict=True):
         if names.count(name) > 1:
             raise UsageError(f"serve: two exports are called {name!r}: use --export-name")
+        if (len(names) > 1 or arguments.export_name) and not _is_utf8(name):
+            raise UsageError(f"{path}: export name {name!r} is not UTF-8: use --export-name")
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a byte of the command line that is none
+        return False
+    return True
 
 
 async def _serve(arguments: argparse.Namespace, ui: Ui) -> int:
@@ -156,6 +175,7 @@ async def _start(arguments: argparse.Namespace, ui: Ui, stack: AsyncExitStack) -
         stack.push_async_callback(image.close)  # which the server does before, once it runs
         warn(ui, path, image.image)
         images.append(image)
+    ui.subject = None  # what fails from here on is not the last one's fault
     socket_path = arguments.socket
     given = _given_sockets()
     if arguments.command and not (socket_path or arguments.bind or given):

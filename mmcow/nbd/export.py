@@ -131,9 +131,13 @@ class Export:
         try:
             encoded = name.encode()
         except UnicodeEncodeError:  # of a file name that is not UTF-8
-            raise UsageError(f"export name {name!r}: is not UTF-8; give another one") from None
+            raise UsageError(
+                f"{image.path}: export name {name!r} is not UTF-8; give another one"
+            ) from None
         if len(encoded) > wire.STRING_MOST or "\0" in name:
-            raise UsageError(f"export name {name[:64]!r}: longer than 4096 bytes, or NUL in it")
+            raise UsageError(
+                f"{image.path}: export name {name[:64]!r}: longer than 4096 bytes, or NUL in it"
+            )
         self.name = name
         self.image = image
         self.read_only = read_only or not image.writable

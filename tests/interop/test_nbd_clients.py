@@ -317,6 +317,20 @@ class TestTls:
             run("nbdcopy", uri, certificates / "again.raw")
             assert (certificates / "again.raw").read_bytes() == other
 
+    @pytest.mark.parametrize("where", [(), ("--socket", "s"), ("--bind", "localhost:0")])
+    def test_a_command_of_serve_is_given_an_encrypted_way_in(
+        self, certificates, disk, where, monkeypatch
+    ):
+        monkeypatch.chdir(certificates)
+        unix = where[:1] != ("--bind",)
+        tls = f"{'&' if unix else '?'}tls-certificates=ours{'&tls-hostname=localhost' * unix}"
+        given = run(
+            sys.executable, "-m", "mmcow", "serve", "-q", *where,
+            "--tls-certs", "ours", "--tls-verify-peer", disk,
+            "--", "nbdinfo", "--json", f"{{uri}}{tls}",
+        )  # fmt: skip
+        assert json.loads(given.stdout)["TLS"] is True
+
     def test_who_is_refused(self, certificates, disk):
         refused = []
         process_words = ("--tls", certificates / "ours", "--verify", disk)

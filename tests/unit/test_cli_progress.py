@@ -131,6 +131,18 @@ def test_bar_shows_rate_and_time_left(monkeypatch):
         assert len(meter.line(width)) <= width
 
 
+def test_bar_of_a_job_that_others_began_shows_the_rate_of_now():
+    clock = Clock()
+    bar = progress.BarMeter(Ui(), "stream", clock)
+    bar.show = lambda: None
+    bar.begun = None
+    bar(512 * MIB, 1024 * MIB)
+    clock.now += 2
+    assert "/s" not in bar.line(100)
+    bar(768 * MIB, 1024 * MIB)
+    assert bar.line(100).endswith(" 75.0 %  768 MiB/1 GiB  128 MiB/s  0:02 left")
+
+
 def test_bar_without_utf_8(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stderr", stream)
