@@ -13,12 +13,14 @@ import sys
 import time
 from datetime import UTC, datetime
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bench import report
-from bench.common import describe_host, load_result, save
+from bench.common import RESULTS, describe_host, load_result, save
 from bench.lab import FULL, QUICK, Lab
+from bench.options import ended, folder, whole_number
 from bench.process import Failed
 from bench.runner import overall, run_cell
 from bench.suites import SUITES
@@ -37,24 +39,27 @@ ROUNDS_QUICK = 5
 def main(argv: Sequence[str] | None = None) -> int:
     """Status 0: measured, whatever the verdicts; 1: a cell failed; 2: nothing could be done."""
     args = _parse(argv)
+    said = "interrupted; the suites that were complete are written"
+    return ended("bench", partial(_main, args), interrupted=said)
+
+
+def _main(args: argparse.Namespace) -> int:
     suites = [s for s in SUITES if not args.suite or s.name in args.suite]
+    if not any(_cells(suite, args) for suite in suites):
+        raise Failed(f"--cell {args.cell!r}: no such cell here; --list shows which there are")
     if args.list:
         _list(suites, args)
         return 0
-    signal.signal(signal.SIGTERM, _terminated)  # so that everything is cleaned up
     out = args.out or (QUICK_OUT if args.quick else HERE)
-    try:
-        with Lab(args.dir, QUICK if args.quick else FULL, args.seed) as lab:
-            try:
-                failed = _run(lab, suites, args, out)
-            finally:
-                print(f"report: {report.write(out)}")
-    except Failed as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bench: interrupted; the suites that were complete are written", file=sys.stderr)
-        return 130
+    (out / RESULTS).mkdir(parents=True, exist_ok=True)
+    for suite in SUITES:
+        load_result(out, suite.name)  # what is damaged is told now, not when all is measured
+    signal.signal(signal.SIGTERM, _terminated)  # so that everything is cleaned up
+    with Lab(args.dir, QUICK if args.quick else FULL, args.seed) as lab:
+        try:
+            failed = _run(lab, suites, args, out)
+        finally:
+            print(f"report: {report.write(out)}")
     return 1 if failed else 0
 
 
@@ -70,7 +75,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--cell", metavar="PATTERN", help="only cells whose names match (* ? [])")
     parser.add_argument(
-        "--repeats", type=int, metavar="N",
+        "--repeats", type=whole_number(5), metavar="N",
         help=f"runs of each side of a cell, at least 5 ({ROUNDS}; quick: {ROUNDS_QUICK})",
     )  # fmt: skip
     parser.add_argument(
@@ -78,10 +83,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="where results/ and report.md go (default: bench, or build/bench for --quick)",
     )  # fmt: skip
     parser.add_argument(
-        "--dir", type=Path, default=Path("/var/tmp"), metavar="DIR",
+        "--dir", type=folder, default=Path("/var/tmp"), metavar="DIR",
         help="on the file system that is measured (default: /var/tmp)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the disks' content")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=1, metavar="N", help="of the disks' content"
+    )
     parser.add_argument(
         "--conditions", default="nothing known of other load on the machine", metavar="TEXT",
         help="what else a reader should know",
@@ -89,8 +96,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="show what would be measured")
     args = parser.parse_args(argv)
     args.repeats = args.repeats or (ROUNDS_QUICK if args.quick else ROUNDS)
-    if args.repeats < 5:
-        parser.error(f"--repeats {args.repeats}: a median of fewer than 5 says nothing")
     return args
 
 

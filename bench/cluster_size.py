@@ -15,19 +15,22 @@ import argparse
 import os
 import random
 import shutil
+import sys
 import tempfile
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mmcow
 from bench.common import Spread, describe_host, interleave, save, size_name
+from bench.options import ended, folder, seconds, whole_number
 from mmcow.native import aligned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 CLUSTER_SIZES = [4 * KIB << n for n in range(10)]  # 4 KiB to 2 MiB
@@ -232,28 +235,51 @@ def as_json(
     }
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=1.0, help="longest time of one cell")
-    parser.add_argument("--base-size", type=int, default=1, help="GiB")
-    parser.add_argument("--dir", type=Path, help="where to measure (default: a temporary folder)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--conditions", default="nothing known of other load on the machine")
-    parser.add_argument("--name", default="cluster_size", help="of the result file")
-    args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="mmcow-bench-", dir=args.dir))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write. Status 2: it could not be done."""
+    args = _parse(argv)
+    return ended("bench.cluster_size", partial(_main, args))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cluster_size", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--rounds", type=whole_number(1), default=9, metavar="N", help="runs of each cell (9)"
+    )
+    parser.add_argument(
+        "--seconds", type=seconds, default=1.0, metavar="S", help="longest time of one cell (1)"
+    )
+    parser.add_argument(
+        "--base-size", type=whole_number(1), default=1, metavar="N", help="GiB of the disk (1)"
+    )
+    parser.add_argument(
+        "--dir", type=folder, metavar="DIR", help="where to measure (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=1, metavar="N", help="of content and order (1)"
+    )
+    parser.add_argument(
+        "--conditions", default="nothing known of other load on the machine", metavar="TEXT",
+        help="what else a reader should know",
+    )  # fmt: skip
+    parser.add_argument("--name", default="cluster_size", help="of the result file (cluster_size)")
+    return parser.parse_args(argv)
+
+
+def _main(args: argparse.Namespace) -> int:
+    place = Path(tempfile.mkdtemp(prefix="mmcow-bench-", dir=args.dir))
     try:
-        bench = Bench(folder, args.base_size * GIB, args.seconds, args.seed)
+        bench = Bench(place, args.base_size * GIB, args.seconds, args.seed)
         matrix = [Cell(w, depth, c) for w in WORKLOADS for depth in DEPTHS for c in CLUSTER_SIZES]
         cells = interleave(matrix, bench.measure, rounds=args.rounds, seed=args.seed)
         large = interleave(
-            CLUSTER_SIZES, lambda c: measure_large(folder, c), rounds=args.rounds, seed=args.seed
+            CLUSTER_SIZES, lambda c: measure_large(place, c), rounds=args.rounds, seed=args.seed
         )
-        host = describe_host(folder)
+        host = describe_host(place)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(place)
     print(table(cells, large))
     result = {
         "bench": "cluster_size",
@@ -267,7 +293,8 @@ def main() -> None:
         **as_json(cells, large),
     }  # fmt: skip
     print(f"\nwritten to {save(args.name, result)}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,12 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mmcow
+from bench.process import Failed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
 HERE = Path(__file__).parent
 RESULTS = "results"
+
+# What a suite's result has.
+_SUITE = {
+    "suite": str, "title": str, "note": str, "host": dict, "conditions": str, "parameters": dict,
+    "overall": list, "cells": list,
+}  # fmt: skip
 
 # Each prints its version on the first line.
 _PROGRAMS = ("qemu-img", "fio", "nbdkit", "nbdcopy")
@@ -148,12 +155,19 @@ def save(name: str, result: dict[str, Any], out: Path = HERE) -> Path:
 
 
 def load_result(out: Path, name: str) -> dict[str, Any] | None:
-    """What ``save`` wrote; None where there is none."""
+    """What ``save`` wrote of a suite; None where there is none. Failed if it is something else."""
     path = out / RESULTS / f"{name}.json"
     if not path.exists():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Failed(f"{path}: is no JSON: {error}") from error
+    for field, kind in _SUITE.items():
+        if not isinstance(found, dict) or not isinstance(found.get(field), kind):
+            raise Failed(f"{path}: is no result of a suite: {field!r} is missing or wrong")
+    result: dict[str, Any] = found
+    return result
 
 
 def _readable(result: dict[str, Any]) -> str:

@@ -9,15 +9,20 @@ Never: measures, changes a result.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench import plots
 from bench.common import HERE, RESULTS, load_result
+from bench.options import ended, folder
 from bench.stats import MET, NOISE, SHORT, UNSURE
 from bench.suites import SUITES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 _MARKS = {
     MET: "met",
@@ -200,5 +205,23 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page again. Status 2: it could not be done."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description="Write report.md from results/*.json."
+    )
+    parser.add_argument(
+        "dir", nargs="?", type=folder, default=HERE, metavar="DIR",
+        help="where results/ is and report.md goes (default: bench)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+
+    def work() -> int:
+        print(write(args.dir))
+        return 0
+
+    return ended("bench.report", work)
+
+
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE))
+    sys.exit(main())
