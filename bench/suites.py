@@ -27,6 +27,7 @@ from bench.model import (
     Cell,
     Extents,
     Job,
+    Layout,
     Life,
     Memory,
     Op,
@@ -35,11 +36,13 @@ from bench.model import (
     Start,
     Suite,
     WholeDisk,
+    Work,
 )
 
 OPS: tuple[Op, Op] = ("read", "write")
 DEPTHS = (1, 16, 64)
 EITHER_QCOW2 = (QCOW2, QCOW2_EL2)
+_AS_QCOW2 = Aim((QCOW2,), 1.0)
 SIZES = {4 * KIB: "4K", 64 * KIB: "64K", MIB: "1M"}
 
 
@@ -109,41 +112,30 @@ def _sequential() -> Suite:
     return Suite("sequential", "Large requests in sequence, in process", cells)
 
 
+def _served(op: Op, size: int, depth: int, layout: Layout = "mapped", aim: Aim = _AS_QCOW2) -> Cell:
+    """Requests over NBD, beside the one peer of the aim; of 1 MiB in sequence, others not."""
+    what = "first write" if layout == "first" else op
+    return Cell(
+        f"{SIZES[size]} {what}, QD {depth}",
+        Served(op, size, depth, layout, sequential=size == MIB),
+        (MMCOW, *aim.peers),
+        (aim,),
+        quick=(size, depth) == (4 * KIB, 16),
+    )
+
+
 def _nbd() -> Suite:
     """The grid, 1 MiB requests, and four connections."""
     cells = [
-        Cell(
-            f"{SIZES[size]} {op}, QD {depth}",
-            Served(op, size, depth),
-            (MMCOW, QCOW2),
-            (Aim((QCOW2,), 1.0),),
-            quick=(size, depth) == (4 * KIB, 16),
-        )
-        for op, size, depth in product(OPS, (4 * KIB, 64 * KIB), DEPTHS)
+        _served(op, size, depth) for op, size, depth in product(OPS, (4 * KIB, 64 * KIB), DEPTHS)
     ]
     cells += [
-        Cell(
-            f"{SIZES[size]} first write, QD {depth}",
-            Served("write", size, depth, "first"),
-            (MMCOW, QCOW2),
-            (Aim((QCOW2,), 1.0),),
-            quick=(size, depth) == (4 * KIB, 16),
-        )
+        _served("write", size, depth, "first")
         for size, depth in product((4 * KIB, 64 * KIB), DEPTHS)
     ]
     cells += [
-        Cell(
-            name,
-            Served(op, MIB, 8, layout, sequential=True),  # type: ignore[arg-type]
-            (MMCOW, QCOW2),
-            (Aim((QCOW2,), 1.0),),
-        )
-        for name, op, layout in (
-            ("1M read, QD 8", "read", "mapped"),
-            ("1M write, QD 8", "write", "mapped"),
-            ("1M first write, QD 8", "write", "first"),
-        )
-    ]
+        _served("read", MIB, 8), _served("write", MIB, 8), _served("write", MIB, 8, "first"),
+    ]  # fmt: skip
     return Suite(
         "nbd", "Requests over NBD", tuple(cells), (Aim((QCOW2,), 1.5),),
         note="`mmcow serve` on add-cow against qemu-nbd on qcow2; fio is the client of both.",
@@ -169,13 +161,7 @@ def _connections() -> Suite:
 
 def _nbd_raw() -> Suite:
     cells = tuple(
-        Cell(
-            f"{SIZES[size]} {op}, QD {depth}",
-            Served(op, size, depth, "raw", sequential=size == MIB),
-            (MMCOW, NBDKIT),
-            (Aim((NBDKIT,), 0.8),),
-            quick=(size, depth) == (4 * KIB, 16),
-        )
+        _served(op, size, depth, "raw", Aim((NBDKIT,), 0.8))
         for op, (size, depth) in product(
             OPS, ((4 * KIB, 1), (4 * KIB, 16), (4 * KIB, 64), (MIB, 8))
         )
@@ -269,26 +255,19 @@ def _start() -> Suite:
     )  # fmt: skip
 
 
+def _twice(name: str, work: Work, *, quick: bool = False) -> Cell:
+    again = QCOW2 + AGAIN
+    return Cell(name, work, (QCOW2, again), (Aim((again,), None),), quick=quick)
+
+
 def _noise() -> Suite:
     return Suite(
         "noise", "A peer against itself",
         (
-            Cell(
-                "4K read, QD 16, in process", Requests("read", 4 * KIB, 16),
-                (QCOW2, QCOW2 + AGAIN), (Aim((QCOW2 + AGAIN,), None),), quick=True,
-            ),
-            Cell(
-                "4K write, QD 1, in process", Requests("write", 4 * KIB, 1),
-                (QCOW2, QCOW2 + AGAIN), (Aim((QCOW2 + AGAIN,), None),),
-            ),
-            Cell(
-                "4K first write, QD 16, in process", Requests("write", 4 * KIB, 16, "first"),
-                (QCOW2, QCOW2 + AGAIN), (Aim((QCOW2 + AGAIN,), None),),
-            ),
-            Cell(
-                "4K read, QD 16, NBD", Served("read", 4 * KIB, 16),
-                (QCOW2, QCOW2 + AGAIN), (Aim((QCOW2 + AGAIN,), None),), quick=True,
-            ),
+            _twice("4K read, QD 16, in process", Requests("read", 4 * KIB, 16), quick=True),
+            _twice("4K write, QD 1, in process", Requests("write", 4 * KIB, 1)),
+            _twice("4K first write, QD 16, in process", Requests("write", 4 * KIB, 16, "first")),
+            _twice("4K read, QD 16, NBD", Served("read", 4 * KIB, 16), quick=True),
         ),
         note="How wide the interval is where the true ratio is 1.",
     )  # fmt: skip
