@@ -127,6 +127,13 @@ def _calibrate(
     return partial(_with_count, measure, count_for(rates, lab.scale.seconds, most))
 
 
+def _warmed(cell: Cell, measure: Measure) -> Measure:
+    """Each side runs once unrecorded, which warms what is warm in every run after."""
+    for side in cell.sides:
+        measure(side)
+    return measure
+
+
 def _with_count(measure: Callable[[str, int], Sample], count: int, side: str) -> Sample:
     sample = measure(side, count)
     return Sample(sample.value, {**sample.extras, "requests": count})
@@ -165,6 +172,10 @@ def _server(lab: Lab, side: str, layout: str, size: int) -> AbstractContextManag
             return serving(peers.nbdkit(path, socket), socket)
         return serving(ours.serve(path, "raw", "writeback", socket), socket)
     image = lab.fresh(side) if layout == "first" else lab.mapped(side, size)
+    return _layer_server(side, image, socket)
+
+
+def _layer_server(side: str, image: Path, socket: Path) -> AbstractContextManager[Server]:
     if side == MMCOW:
         return serving(ours.serve(image, ours.FORMAT, "none", socket), socket)
     return serving(peers.qemu_nbd(image, socket), socket)
@@ -217,13 +228,7 @@ def whole_disk(lab: Lab, cell: Cell) -> Iterator[Measure]:
             serve = _server(lab, side, "mapped", size)
         else:
             image = lab.create(side, lab.folder / f"copy-{side}", lab.raw("base", size))
-            socket = lab.folder / "socket"
-            command = (
-                ours.serve(image, ours.FORMAT, "none", socket)
-                if side == MMCOW
-                else peers.qemu_nbd(image, socket)
-            )
-            serve = serving(command, socket)
+            serve = _layer_server(side, image, lab.folder / "socket")
         with serve as server:
             before = server.cpu()
             ended = (
@@ -234,9 +239,7 @@ def whole_disk(lab: Lab, cell: Cell) -> Iterator[Measure]:
             used = server.cpu() - before
         return Sample(ended.wall, {"server_cpu_s": used, "client_cpu_s": ended.cpu})
 
-    for side in cell.sides:
-        measure(side)
-    yield measure
+    yield _warmed(cell, measure)
 
 
 # ---- extents --------------------------------------------------------------------------------
@@ -263,9 +266,7 @@ def extents(lab: Lab, cell: Cell) -> Iterator[Measure]:
             raise Failed(f"block_status tells of {said['extents']:.0f} extents, not {expected}")
         return Sample(said["seconds"])
 
-    for side in cell.sides:
-        measure(side)
-    yield measure
+    yield _warmed(cell, measure)
 
 
 # ---- creating, opening, starting ------------------------------------------------------------
@@ -316,9 +317,7 @@ def start(lab: Lab, cell: Cell) -> Iterator[Measure]:
             seconds += time.perf_counter() - begin
         return Sample(seconds / _STARTS * 1000)
 
-    for side in cell.sides:
-        measure(side)
-    yield measure
+    yield _warmed(cell, measure)
 
 
 # ---- jobs -----------------------------------------------------------------------------------
@@ -333,9 +332,7 @@ def job(lab: Lab, cell: Cell) -> Iterator[Measure]:
         "convert out": _convert_out, "convert in": _convert_in,
         "commit": _commit, "stream": _stream,
     }[work.verb]  # fmt: skip
-    for side in cell.sides:
-        action(lab, side)
-    yield lambda side: Sample(action(lab, side))
+    yield _warmed(cell, lambda side: Sample(action(lab, side)))
 
 
 def _convert_out(lab: Lab, side: str) -> float:
