@@ -26,8 +26,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Requests(Work):
-    """Requests inside one process; ``flush`` after each."""
+class Transfers(Work):
+    """Requests of one kind, ``depth`` of them in flight."""
 
     unit: ClassVar[str] = "requests/s"
     higher_is_better: ClassVar[bool] = True
@@ -35,22 +35,20 @@ class Requests(Work):
     size: int
     depth: int
     layout: Layout = "mapped"
-    flush: bool = False
     sequential: bool = False
 
 
 @dataclass(frozen=True)
-class Served(Work):
-    """Requests of fio to a server. ``depth`` is that of all connections together, unless a side
-    says how many it uses."""
+class Requests(Transfers):
+    """Inside one process; ``flush`` after each."""
 
-    unit: ClassVar[str] = "requests/s"
-    higher_is_better: ClassVar[bool] = True
-    op: Op
-    size: int
-    depth: int
-    layout: Layout = "mapped"
-    sequential: bool = False
+    flush: bool = False
+
+
+@dataclass(frozen=True)
+class Served(Transfers):
+    """Of fio to a server. ``depth`` is that of all connections together, unless a side says how
+    many it uses."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from bench.model import (
     Sample,
     Served,
     Start,
+    Transfers,
     WholeDisk,
     Work,
     base_side,
@@ -96,7 +97,7 @@ def clusters_met(disk: int, step: int) -> int:
     return len(met)
 
 
-def count_most(work: Requests | Served, disk: int) -> int:
+def count_most(work: Transfers, disk: int) -> int:
     """Beyond that a stride would meet blocks (for first writes: clusters) a second time, and
     random first writes would too often do so."""
     if work.layout == "first" and not work.sequential:
@@ -105,7 +106,7 @@ def count_most(work: Requests | Served, disk: int) -> int:
     return disk // work.size
 
 
-def trial_count(work: Requests | Served, most: int) -> int:
+def trial_count(work: Transfers, most: int) -> int:
     """How many requests tell the speed."""
     slow = work.layout == "first" or (isinstance(work, Requests) and work.flush)
     return min(_TRIAL_BYTES // work.size, _TRIAL_SLOW if slow else _TRIAL_MOST, most)
@@ -118,7 +119,7 @@ def count_for(rates: list[float], seconds: float, most: int) -> int:
 
 
 def _calibrate(
-    lab: Lab, cell: Cell, work: Requests | Served, measure: Callable[[str, int], Sample]
+    lab: Lab, cell: Cell, work: Transfers, measure: Callable[[str, int], Sample]
 ) -> Measure:
     """Each side runs once unrecorded, which also warms what is warm in every run after."""
     most = count_most(work, lab.scale.disk)
