@@ -7,6 +7,7 @@ Never: measures, writes.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmcow.cli import chart
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
     from mmcow.jobs.bench import Run, Side, Spread
     from mmcow.jobs.latency import Histogram
     from mmcow.jobs.load import Load
+
+
+# Of a run, for ``Side.spread``,
+_iops = attrgetter("iops")
+_bandwidth = attrgetter("bandwidth")
+_cpu = attrgetter("cpu_us_per_io")
+# and for ``Side.merged``.
+_latency = attrgetter("latency")
+_reads = attrgetter("reads")
+_writes = attrgetter("writes")
+_flushes = attrgetter("flushes")
 
 
 class Style(NamedTuple):
@@ -254,34 +266,3 @@ def _kind_json(histogram: Histogram) -> dict[str, Any]:
 
 def _spread_json(spread: Spread) -> dict[str, float]:
     return {name: float(f"{value:.7g}") for name, value in spread._asdict().items()}
-
-
-# ---- figures of a run ----
-
-
-def _iops(run: Run) -> float:
-    return run.iops
-
-
-def _bandwidth(run: Run) -> float:
-    return run.bandwidth
-
-
-def _cpu(run: Run) -> float:
-    return run.cpu_us_per_io
-
-
-def _latency(run: Run) -> Histogram:
-    return run.latency
-
-
-def _reads(run: Run) -> Histogram:
-    return run.reads
-
-
-def _writes(run: Run) -> Histogram:
-    return run.writes
-
-
-def _flushes(run: Run) -> Histogram:
-    return run.flushes

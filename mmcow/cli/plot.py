@@ -11,6 +11,7 @@ import io
 import os
 from importlib import import_module
 from math import log2
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.sax.saxutils import escape
 
@@ -22,7 +23,7 @@ from mmcow.jobs.latency import Histogram
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mmcow.jobs.bench import Run, Side
+    from mmcow.jobs.bench import Side
 
 WIDTH, HEIGHT = 900, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 76, 56
@@ -115,7 +116,7 @@ def _legend(side: Side, histogram: Histogram, number: int, colour: str) -> Pictu
     name = printable(side.name)
     if len(name) > _NAME_MOST:
         name = "..." + name[3 - _NAME_MOST :]
-    text = f"{name}: {side.spread(_iops).median:.0f} IOPS"
+    text = f"{name}: {side.spread(attrgetter('iops')).median:.0f} IOPS"
     if histogram.count:
         p50, p99 = (human_time(histogram.percentile(percent)) for percent in (50, 99))
         text += f", p50 {p50}, p99 {p99}"
@@ -124,10 +125,6 @@ def _legend(side: Side, histogram: Histogram, number: int, colour: str) -> Pictu
         Text(right - 30, y, text, 13, "end", _BLACK),
         Line(((right - 24, y - 4), (right, y - 4)), colour, 3),
     ]
-
-
-def _iops(run: Run) -> float:
-    return run.iops
 
 
 # ---- files ----
