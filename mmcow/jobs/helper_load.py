@@ -58,7 +58,6 @@ class HelperLoad:
         self._shared = shared
         self._pending = 0  # what the engine does for this load
         self._relieving = False
-        self._deadline = 0
         self._misses = ffi.new("struct mmc_miss[]", _MOST)
         self._completions = ffi.new("struct mmc_done[]", _MOST)
         self._collected = ffi.new("uint32_t *")
@@ -79,11 +78,7 @@ class HelperLoad:
 
     def run(self) -> bool:
         """Go on for a while; True when everything is done. Raises what a request failed with."""
-        now = perf_counter_ns()
-        if not self.times.began:
-            self.times.began = now
-            if self._part.seconds is not None:
-                self._deadline = now + int(self._part.seconds * 1e9)
+        now = self.times.go_on(self._part)
         until = now + self.SLICE_MS * 1_000_000
         self._reactor.check()
         while now < until:
@@ -100,9 +95,9 @@ class HelperLoad:
 
     def _run_helper(self, now: int) -> int:
         slice_ms = self._slice_ms
-        if self._deadline:
-            left_ms = (self._deadline - now) // 1_000_000
-            if self._deadline <= now:
+        if self.times.deadline:
+            left_ms = (self.times.deadline - now) // 1_000_000
+            if self.times.deadline <= now:
                 self.stop()
             slice_ms = min(slice_ms, max(left_ms, 1))
         why = int(lib.mmc_load_run(self._load, slice_ms, self._completions, _MOST, self._collected))
@@ -198,8 +193,7 @@ class HelperLoad:
         self.done = int(lib.mmc_load_finished(self._load, self._failure))
 
     def _finish(self) -> None:
-        if not self.times.ended:
-            self.times.ended = perf_counter_ns()
+        self.times.end()
         self._note_progress()
         self.times.reads = _histogram(lib.mmc_load_times(self._load, lib.MMC_READ))
         self.times.writes = _histogram(lib.mmc_load_times(self._load, lib.MMC_WRITE))

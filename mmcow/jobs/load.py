@@ -226,7 +226,8 @@ class Requests:
 
 class Times:
     """What a load has measured so far. ``by_python``: requests that took the long way, through
-    the engine; times from ``perf_counter_ns``."""
+    the engine; times from ``perf_counter_ns``. ``deadline``: when a load of so many seconds is to
+    end; 0: there is none."""
 
     def __init__(self) -> None:
         self.reads = Histogram()
@@ -234,7 +235,22 @@ class Times:
         self.flushes = Histogram()
         self.by_python = 0
         self.began = 0
+        self.deadline = 0
         self.ended = 0
+
+    def go_on(self, part: Load) -> int:
+        """The time, which is when the load began where this is the first call."""
+        now = perf_counter_ns()
+        if not self.began:
+            self.began = now
+            if part.seconds is not None:
+                self.deadline = now + int(part.seconds * 1e9)
+        return now
+
+    def end(self) -> None:
+        """The load is over; later calls do nothing."""
+        if not self.ended:
+            self.ended = perf_counter_ns()
 
 
 class _Slot(NamedTuple):
@@ -265,7 +281,6 @@ class PythonLoad:
         self._in_flight = 0  # flushes included
         self._stopping = False
         self._wake: Completion[Any] = Completion()
-        self._deadline = 0
         self._free = [self._make_slot() for _ in range(part.depth)]
 
     def _make_slot(self) -> _Slot:
@@ -287,12 +302,7 @@ class PythonLoad:
 
     def run(self) -> bool:
         """Go on for a while; True when everything is done. Raises what a request failed with."""
-        now = perf_counter_ns()
-        if not self.times.began:
-            self.times.began = now
-            if self._part.seconds is not None:
-                self._deadline = now + int(self._part.seconds * 1e9)
-        until = now + int(self.SLICE * 1e9)
+        until = self.times.go_on(self._part) + int(self.SLICE * 1e9)
         with self._reactor.lock:
             self._reactor.check()
             while True:
@@ -304,14 +314,14 @@ class PythonLoad:
                 if self._in_flight:
                     self._wake = Completion()
                     self._reactor.wait(self._wake)
-        if not self.times.ended:
-            self.times.ended = perf_counter_ns()
+        self.times.end()
         if self.error is not None:
             raise self.error
         return True
 
     def _is_over(self) -> bool:
-        if not self._stopping and self._deadline and perf_counter_ns() >= self._deadline:
+        deadline = self.times.deadline
+        if not self._stopping and deadline and perf_counter_ns() >= deadline:
             self._stopping = True
         if self._stopping:
             return True
