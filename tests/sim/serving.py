@@ -51,7 +51,16 @@ from tests.sim.guest import CHANGES, Asked, Guest, Operator
 from tests.sim.host import SYNCS, SimHost
 from tests.sim.loop import Move, SimLoop
 from tests.sim.model import Violation
-from tests.sim.workload import SECTOR, STORY, Case, CutFailed, Op, check_clean, read_all
+from tests.sim.workload import (
+    SECTOR,
+    STORY,
+    Case,
+    CutFailed,
+    Op,
+    check_clean,
+    examine,
+    read_all,
+)
 from tests.unit import nbd_client as nbd
 
 GUESTS_MOST = 4
@@ -535,12 +544,7 @@ class ServerCase(Case):
     def examine(self, host: SimHost, *, write: bool) -> bytes:
         """Open what survived and compare it with the oracle; returns the disk's content."""
         image = self.open_on(host, write=write)
-        try:
-            content = read_all(image)
-            self.model.check_survivor(content)
-            check_clean(image)
-        finally:
-            image.close()
+        content = examine(image, self.model)
         self._check_frozen(image.engine.layers)
         self.check_base(host)
         return content

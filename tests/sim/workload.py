@@ -491,14 +491,7 @@ class Case:
 
     def examine(self, host: SimHost, *, write: bool) -> bytes:
         """Open what survived and compare it with the oracle; returns the disk's content."""
-        image = self.open_on(host, write=write)
-        try:
-            content = read_all(image)
-            self.model.check_survivor(content)
-            # A commit changes the base before a cow file can note the base's new time.
-            check_clean(image)
-        finally:
-            image.close()
+        content = examine(self.open_on(host, write=write), self.model)
         self.check_base(host)
         return content
 
@@ -567,6 +560,18 @@ def check_clean(image: Image) -> None:
         for finding in image.reactor.run(layer.check("")).findings:
             if finding.kind == "corruption":
                 raise Violation(f"check of {layer.path}: {finding.text}")
+
+
+def examine(image: Image, model: Model) -> bytes:
+    """Compare what survived with the oracle, and close the image; returns the disk's content."""
+    try:
+        content = read_all(image)
+        model.check_survivor(content)
+        # A commit changes the base before a cow file can note the base's new time.
+        check_clean(image)
+    finally:
+        image.close()
+    return content
 
 
 def _completion(image: Image, request: Any) -> Completion[Any]:
