@@ -17,6 +17,7 @@ import pytest
 
 import mmcow
 from mmcow.errors import LayerFailed, StorageError
+from tests.interop import failing
 from tests.interop.tools import fs_kind, mounted, requires_fs, sha256
 
 if TYPE_CHECKING:
@@ -29,29 +30,15 @@ CLUSTER = 64 << 10
 FILE_SYSTEMS = ("ext4", "xfs", "btrfs")
 
 
-class Filler:
-    """A file that takes all the room there is but ``leave`` bytes."""
+class Filler(failing.Filler):
+    """One that can take the last byte, too."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "filler"
+        super().__init__(folder)
         self.more = folder / "filler-more"
 
     def fill(self, leave: int = 0) -> None:
-        with self.path.open("wb") as file:
-            end = 0
-            step = 64 << 20
-            while step >= 4096:
-                try:
-                    os.posix_fallocate(file.fileno(), end, step)
-                    end += step
-                except OSError as error:
-                    if error.errno != errno.ENOSPC:
-                        raise
-                    step //= 2
-            os.fsync(file.fileno())
-            if leave:
-                file.truncate(max(end - leave, 0))
-                os.fsync(file.fileno())
+        super().fill(leave)
         if not leave:
             self._fill_rest()
 
@@ -65,7 +52,7 @@ class Filler:
             os.sync()
 
     def free(self) -> None:
-        self.path.unlink(missing_ok=True)
+        super().free()
         self.more.unlink(missing_ok=True)
         os.sync()
 

@@ -132,5 +132,5 @@ class Filler:
 
     def free(self) -> None:
         """Give it back."""
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
         os.sync()
