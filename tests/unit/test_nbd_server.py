@@ -387,8 +387,10 @@ class TestClose:
         with mmcow.open(image) as disk:
             assert disk.read(0, 8192) == b"d" * 8192
 
-    def test_who_negotiates_meanwhile_is_told(self, tmp_path, image):
-        """While the last requests are finished; also the option that is half there."""
+    def test_who_negotiates_meanwhile_is_told(self, tmp_path, image, monkeypatch):
+        """While the last requests are finished; also the option that is half there. Then all are
+        let go at once."""
+        monkeypatch.setattr(server, "PARTING_SECONDS", 60.0)  # longer than a client waits
         served = Serving({"": image}, tmp_path / "s", hits=False)
         engine = served.engine()
         held = []
