@@ -76,7 +76,8 @@ void mmc_queue_close(struct mmc_queue *queue);
 
 /* ---- buffers and files -------------------------------------------------- */
 
-/* Zeroed. `alignment` is a power of two. Large buffers are kept for reuse when freed. */
+/* Zeroed. `alignment` is a power of two. Those of 16 KiB and more lie in huge pages where the
+ * kernel grants them (pages.h), and are kept for reuse when freed. */
 void *mmc_buffer_alloc(uint64_t size, uint64_t alignment, int *error);
 void mmc_buffer_free(void *buffer);
 int mmc_is_zero(const void *data, uint64_t length); /* 1 or 0 */

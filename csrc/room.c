@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include "pages.h"
 #include "room.h"
 
 #define LEAST 4096u
@@ -23,7 +24,15 @@ static void *allocate(uint64_t length)
 {
     void *buffer;
 
+    if (length >= MMC_PAGES_MIN)
+        return mmc_pages_take(length);
     return posix_memalign(&buffer, ALIGNMENT, length) == 0 ? buffer : NULL;
+}
+
+static void release(void *buffer)
+{
+    if (!mmc_pages_give(buffer))
+        free(buffer);
 }
 
 void *mmc_room_take(struct mmc_room *room, uint64_t length)
@@ -48,7 +57,7 @@ void mmc_room_give(struct mmc_room *room, void *buffer, uint64_t length)
 
     if (number == MMC_ROOM_SIZES ||
         room->kept_bytes + ((uint64_t)LEAST << number) > ROOM_KEPT_MAX) {
-        free(buffer);
+        release(buffer);
         return;
     }
     spare->next = room->kept[number];
@@ -65,7 +74,7 @@ void mmc_room_clear(struct mmc_room *room)
             struct mmc_spare *spare = room->kept[number];
 
             room->kept[number] = spare->next;
-            free(spare);
+            release(spare);
         }
     }
     room->kept_bytes = 0;
