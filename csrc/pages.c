@@ -111,8 +111,8 @@ static bool has_room(void)
 /* Only at a multiple of its size can a huge page lie. */
 static char *map(uint64_t length)
 {
-    char *address = mmap(NULL, length + HUGE, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char *address =
+        mmap(NULL, length + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     uint64_t skip;
 
     if (address == MAP_FAILED)

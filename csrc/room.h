@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
  * Buffers for one thread: sized in powers of two, aligned to a page, not zeroed, kept for reuse.
- * From pages.h where they are large. Up to ROOM_KEPT_MAX bytes of them; what is larger than the largest size is not kept.
+ * From pages.h where they are large. Up to ROOM_KEPT_MAX bytes of them; what is larger than the
+ * largest size is not kept.
  */
 #ifndef MMC_ROOM_H
 #define MMC_ROOM_H
