@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace) -> int:
     suites = [s for s in SUITES if not args.suite or s.name in args.suite]
     if not any(_cells(suite, args) for suite in suites):
-        raise Failed(f"--cell {args.cell!r}: no such cell here; --list shows which there are")
+        patterns = ", ".join(map(repr, args.cell))
+        raise Failed(f"--cell {patterns}: no such cell here; --list shows which there are")
     if args.list:
         _list(suites, args)
         return 0
@@ -73,7 +74,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--suite", action="append", choices=names, metavar="NAME",
         help=f"only this one; may be given several times ({', '.join(names)})",
     )  # fmt: skip
-    parser.add_argument("--cell", metavar="PATTERN", help="only cells whose names match (* ? [])")
+    parser.add_argument(
+        "--cell", action="append", metavar="PATTERN",
+        help="only cells whose names match (* ? []); may be given several times",
+    )  # fmt: skip
     parser.add_argument(
         "--repeats", type=whole_number(5), metavar="N",
         help=f"runs of each side of a cell, at least 5 ({ROUNDS}; quick: {ROUNDS_QUICK})",
@@ -107,7 +111,8 @@ def _cells(suite: Suite, args: argparse.Namespace) -> list[Cell]:
     return [
         cell
         for cell in suite.cells
-        if (cell.quick or not args.quick) and (not args.cell or fnmatch(cell.name, args.cell))
+        if (cell.quick or not args.quick)
+        and (not args.cell or any(fnmatch(cell.name, pattern) for pattern in args.cell))
     ]
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SECONDS_MOST = 120.0
+# Programs start as they do where they are installed: with this variable Python would compile each
+# module at each start.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
 
 class Failed(Exception):
@@ -52,6 +55,7 @@ def run(
             input=stdin, stdin=subprocess.DEVNULL if stdin is None else None,
             stdout=subprocess.PIPE if keep_output else subprocess.DEVNULL,
             stderr=subprocess.PIPE, text=True, errors="replace", timeout=seconds_most, check=False,
+            env=ENVIRONMENT,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise Failed(f"{shown(command)}: not done after {seconds_most:.0f} s") from None

@@ -8,7 +8,6 @@ Never: decides the order of sides, computes ratios.
 from __future__ import annotations
 
 import math
-import os
 import random
 import subprocess
 import sys
@@ -44,7 +43,7 @@ from bench.model import (
     Work,
     base_side,
 )
-from bench.process import Failed
+from bench.process import ENVIRONMENT, Failed
 from bench.servers import serving
 
 if TYPE_CHECKING:
@@ -300,8 +299,6 @@ def life(lab: Lab, cell: Cell) -> Iterator[Measure]:
 def start(lab: Lab, cell: Cell) -> Iterator[Measure]:
     """The mean of a few processes."""
     assert isinstance(cell.work, Start)
-    # As installed: compiling every module at every start is what this variable asks for.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     image = lab.create(MMCOW, lab.folder / "info", lab.sparse("info-base.raw", GIB))
 
     def measure(side: str) -> Sample:
@@ -313,7 +310,7 @@ def start(lab: Lab, cell: Cell) -> Iterator[Measure]:
             lab.settle(image)
             begin = time.perf_counter()
             subprocess.run(
-                command, stdout=subprocess.DEVNULL, check=True, timeout=60, env=environment
+                command, stdout=subprocess.DEVNULL, check=True, timeout=60, env=ENVIRONMENT
             )
             seconds += time.perf_counter() - begin
         return Sample(seconds / _STARTS * 1000)
