@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mmcow.image import BlockStatus, Image, LayerReport
     from mmcow.image import create_image as create
     from mmcow.image import open_image as open
+    from mmcow.native import aligned_buffer
     from mmcow.serving import serve
 
 __version__ = "0.1.0"
@@ -79,6 +80,7 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "Within",
+    "aligned_buffer",
     "create",
     "open",
     "serve",
@@ -94,6 +96,7 @@ _PLACES = {
     "LayerReport": ("image", "LayerReport"),
     "Policy": ("formats.opening", "Policy"),
     "Within": ("formats.opening", "Within"),
+    "aligned_buffer": ("native", "aligned_buffer"),
     "create": ("image", "create_image"),
     "open": ("image", "open_image"),
     "serve": ("serving", "serve"),

@@ -178,7 +178,7 @@ class Image:
     def readinto(self, offset: int, buffer: bytearray | memoryview) -> int:
         """Fill ``buffer`` (any writable contiguous buffer) from ``offset``; returns its length.
 
-        Nothing is copied where the buffer is aligned as direct I/O demands.
+        Nothing is copied where the buffer is aligned as direct I/O demands: ``aligned_buffer``.
         """
         offset = index(offset)
         view = writable(self.path, buffer)

@@ -11,6 +11,7 @@ import faulthandler
 import gc
 import mmap
 import os
+import random
 import re
 import select
 import signal
@@ -22,8 +23,9 @@ from pathlib import Path
 
 import pytest
 
+import mmcow
 from mmcow import native
-from mmcow.errors import StorageError
+from mmcow.errors import StorageError, UsageError
 from mmcow.native import ffi, lib
 
 PAGE = 4096
@@ -657,3 +659,25 @@ def test_stub_matches_the_header():
     }
     assert typed == declared
     assert set(re.findall(r"#define (MMC_\w+)", header)) == set(re.findall(r"(MMC_\w+): int", stub))
+
+
+def test_public_aligned_buffer_is_read_into_without_a_copy(tmp_path):
+    content = random.Random(1).randbytes(1 << 20)
+    (tmp_path / "disk").write_bytes(content)
+    buffer = mmcow.aligned_buffer(1 << 20)
+    assert not any(buffer)
+    assert native.address_of(buffer) % 4096 == 0
+    with mmcow.open(tmp_path / "disk", format="raw") as disk:
+        assert disk.readinto(0, buffer) == 1 << 20
+    assert buffer == content
+
+
+@pytest.mark.parametrize("length", [-1, 1 << 63, 1 << 70])
+def test_public_aligned_buffer_of_an_impossible_length(length):
+    with pytest.raises(UsageError, match=f"aligned buffer of {length} bytes"):
+        mmcow.aligned_buffer(length)
+
+
+def test_public_aligned_buffer_without_memory():
+    with pytest.raises(StorageError, match="Cannot allocate memory"):
+        mmcow.aligned_buffer((1 << 63) - 1)
