@@ -113,6 +113,11 @@ struct mmc_ask *mmc_ask_take(struct mmc_client *client)
 
 void mmc_client_free(struct mmc_client *client)
 {
+    struct mmc_pump *pump = client->pump;
+
+    /* Memory is kept for whoever asks next: for nobody there is no reason to. */
+    if (--pump->clients == 0)
+        mmc_room_clear(&pump->room);
     free(client->in);
     free(client);
 }

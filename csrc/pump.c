@@ -656,6 +656,7 @@ struct mmc_client *mmc_pump_attach(struct mmc_pump *pump, int fd, struct mmc_pat
     if (length)
         memcpy(client->in, rest, length);
     client->have = length;
+    pump->clients++;
     mmc_pump_enlist(client, LIST_BUSY);
     return client;
 }

@@ -142,6 +142,7 @@ struct mmc_pump {
     struct mmc_pump_queue *queues;
     struct mmc_clients lists[LISTS];
     struct mmc_room room;
+    uint64_t clients;
     struct mmc_ask *spare;
     uint32_t spare_count;
     uint64_t asks;          /* that exist and are not spare */

@@ -14,6 +14,7 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 
+#include "pages.h"
 #include "test.h"
 
 #define DISK (8 << 20)
@@ -189,6 +190,15 @@ static void turn_until_parted(struct disk *disk, int count)
         turn(disk, 1000);
 }
 
+/* Once the last client is gone. */
+static void check_room_is_given_back(void)
+{
+    uint64_t held, taken;
+
+    mmc_pages_count(&held, &taken);
+    CHECK_EQUAL(taken, 0);
+}
+
 static void close_disk(struct disk *disk)
 {
     const struct mmc_pump_state *state = mmc_pump_state(disk->pump);
@@ -196,6 +206,7 @@ static void close_disk(struct disk *disk)
     while (state->unanswered || state->room || mmc_queue_busy(disk->queue))
         turn(disk, 10);
     CHECK_EQUAL(state->waiting, 0);
+    check_room_is_given_back();
     mmc_pump_close(disk->pump);
     mmc_path_close(disk->path);
     mmc_queue_close(disk->queue);
