@@ -8,6 +8,7 @@
 
 #include <stdlib.h>
 
+#include "pages.h"
 #include "pump.h"
 
 #define SPARE_MAX 1024
@@ -116,8 +117,10 @@ void mmc_client_free(struct mmc_client *client)
     struct mmc_pump *pump = client->pump;
 
     /* Memory is kept for whoever asks next: for nobody there is no reason to. */
-    if (--pump->clients == 0)
+    if (--pump->clients == 0) {
         mmc_room_clear(&pump->room);
+        mmc_pages_trim();
+    }
     free(client->in);
     free(client);
 }

@@ -126,8 +126,8 @@ static void note(struct mmc_times *times, uint64_t ns)
 static bool is_sound(const struct mmc_load_plan *plan)
 {
     return plan->block > 0 && plan->block <= plan->length && plan->length <= INT64_MAX &&
-           plan->first <= plan->length - plan->block && plan->depth > 0 &&
-           plan->read_percent <= 100;
+           plan->start <= INT64_MAX - plan->length && plan->first <= plan->length - plan->block &&
+           plan->depth > 0 && plan->read_percent <= 100;
 }
 
 /* Memory for all slots, `room` bytes each, where some of the requests use it. */

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT
  *
- * Regions of whole huge pages. A region of one chunk is shared out by halves (a buddy system); one
- * that is larger is a single transfer's and goes back to the kernel with it.
+ * Regions of whole huge pages. Most are chunks, of which a transfer gets the first run of leaves
+ * that is long enough: nothing is wasted but the rest of its last leaf, whatever its length. What
+ * is too long for a chunk has a region of its own.
  *
- * The tree of a chunk has a node for each block that halving can make, node 1 for the whole, 2n and
- * 2n+1 for the halves of n. A node tells the largest free block below it, as order + 1, or 0 for
- * none. Below a block that is taken the nodes still tell of free memory: only its own is 0.
+ * A huge page costs its 2 MiB from the first touch on. Of those in which nothing is taken, kept
+ * regions included, MMC_PAGES_KEPT_MAX bytes stay; the others are given back to the kernel.
  */
 #define _GNU_SOURCE
 #include "strict.h"
@@ -16,13 +16,17 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "bits.h"
 #include "pages.h"
 
 #define HUGE (UINT64_C(2) << 20)
-#define CHUNK (UINT64_C(4) << 20)
+#define CHUNK (UINT64_C(16) << 20)
+#define CHUNK_SERVES (UINT64_C(8) << 20)
 #define LEAF UINT64_C(4096)
-#define TOP_ORDER 10 /* LEAF << TOP_ORDER is CHUNK */
-#define LEAVES (1u << TOP_ORDER)
+#define LEAVES (CHUNK / LEAF)
+#define PAGES (CHUNK / HUGE)
+#define PAGE_LEAVES (HUGE / LEAF)
+#define ROUNDED(length) (((length) + LEAF - 1) & ~(LEAF - 1))
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -33,10 +37,18 @@
 #define UNPOISON(address, length) ((void)(address), (void)(length))
 #endif
 
+struct chunk {
+    uint64_t busy[LEAVES / 64]; /* leaves that are taken */
+    uint64_t last[LEAVES / 64]; /* those with which a run of them ends */
+    uint64_t free;              /* leaves that are not */
+    bool is_held[PAGES];        /* huge pages that may be in memory */
+};
+
 struct region {
     char *start;
     uint64_t length;
-    uint8_t *tree; /* NULL: all of it is one transfer's */
+    struct chunk *chunk; /* NULL: all of it is one transfer's */
+    bool is_unused;      /* and was one's that is over */
 };
 
 /* `lock` guards all of these; taken last of all locks. */
@@ -46,7 +58,7 @@ static uint32_t count;
 static uint32_t room; /* for so many */
 static uint64_t held;
 static uint64_t taken;
-static uint64_t unused; /* bytes of chunks of which nothing is taken */
+static uint64_t unused; /* bytes of `held` of which nothing is taken */
 
 static pthread_once_t watching = PTHREAD_ONCE_INIT;
 
@@ -126,7 +138,7 @@ static char *map(uint64_t length)
     return address + skip;
 }
 
-/* Whole, without a tree. NULL where there is no memory. */
+/* NULL where there is no memory. */
 static struct region *add(uint64_t length)
 {
     char *start = has_room() ? map(length) : NULL;
@@ -138,7 +150,6 @@ static struct region *add(uint64_t length)
     memmove(&regions[place + 1], &regions[place], (count - place) * sizeof(*regions));
     regions[place] = (struct region){.start = start, .length = length};
     count++;
-    held += length;
     return &regions[place];
 }
 
@@ -148,148 +159,218 @@ static void drop(struct region *region)
 
     UNPOISON(region->start, region->length);
     munmap(region->start, region->length);
-    free(region->tree);
-    held -= region->length;
+    free(region->chunk);
     count--;
     memmove(region, region + 1, (count - place) * sizeof(*regions));
 }
 
-/* ---- chunks ------------------------------------------------------------- */
+/* ---- huge pages of chunks ----------------------------------------------- */
 
-static uint32_t order_of(uint64_t length)
+static bool is_idle(const struct chunk *chunk, uint64_t page)
 {
-    uint32_t order = 0;
+    const uint64_t end = (page + 1) * PAGE_LEAVES;
 
-    while (LEAF << order < length)
-        order++;
-    return order;
+    return mmc_bits_next(chunk->busy, page * PAGE_LEAVES, end, 1) == end;
 }
 
-static uint8_t larger(uint8_t a, uint8_t b)
+static void begin_page(struct chunk *chunk, uint64_t page)
 {
-    return a > b ? a : b;
+    if (!chunk->is_held[page])
+        held += HUGE;
+    else if (is_idle(chunk, page))
+        unused -= HUGE;
+    chunk->is_held[page] = true;
 }
 
-/* All of it is free. */
-static uint8_t *new_tree(void)
+static void release_page(struct region *region, uint64_t page)
 {
-    uint8_t *tree = malloc(2 * LEAVES);
-    uint32_t order, node;
+    madvise(region->start + page * HUGE, HUGE, MADV_DONTNEED);
+    region->chunk->is_held[page] = false;
+    held -= HUGE;
+}
 
-    if (!tree)
-        return NULL;
-    for (order = TOP_ORDER + 1, node = 1; node < 2 * LEAVES; node++) {
-        if ((node & (node - 1)) == 0)
-            order--;
-        tree[node] = (uint8_t)(order + 1);
+static void end_page(struct region *region, uint64_t page)
+{
+    if (!is_idle(region->chunk, page))
+        return;
+    if (unused + HUGE <= MMC_PAGES_KEPT_MAX)
+        unused += HUGE;
+    else
+        release_page(region, page);
+}
+
+static bool holds_any(const struct chunk *chunk)
+{
+    return memchr(chunk->is_held, true, sizeof(chunk->is_held)) != NULL;
+}
+
+static void release_idle(struct region *region)
+{
+    uint64_t page;
+
+    for (page = 0; page < PAGES; page++) {
+        if (region->chunk->is_held[page] && is_idle(region->chunk, page)) {
+            release_page(region, page);
+            unused -= HUGE;
+        }
     }
-    return tree;
 }
+
+/* ---- chunks ------------------------------------------------------------- */
 
 static struct region *add_chunk(void)
 {
-    uint8_t *tree = new_tree();
-    struct region *chunk = tree ? add(CHUNK) : NULL;
+    struct chunk *chunk = calloc(1, sizeof(*chunk));
+    struct region *region = chunk ? add(CHUNK) : NULL;
 
-    if (!chunk) {
-        free(tree);
+    if (!region) {
+        free(chunk);
         return NULL;
     }
-    POISON(chunk->start, CHUNK);
-    chunk->tree = tree;
-    unused += CHUNK;
-    return chunk;
+    POISON(region->start, CHUNK);
+    chunk->free = LEAVES;
+    region->chunk = chunk;
+    return region;
 }
 
-static struct region *chunk_with(uint32_t order)
+/* The first of so many free leaves in a row, or LEAVES. */
+static uint64_t find_run(const struct chunk *chunk, uint64_t leaves)
+{
+    uint64_t first = mmc_bits_next(chunk->busy, 0, LEAVES, 0);
+
+    while (first + leaves <= LEAVES) {
+        const uint64_t end = mmc_bits_next(chunk->busy, first, first + leaves, 1);
+
+        if (end == first + leaves)
+            return first;
+        first = mmc_bits_next(chunk->busy, end, LEAVES, 0);
+    }
+    return LEAVES;
+}
+
+static void *take_run(struct region *region, uint64_t first, uint64_t leaves)
+{
+    struct chunk *chunk = region->chunk;
+    const uint64_t end = first + leaves;
+    uint64_t page;
+
+    for (page = first / PAGE_LEAVES; page * PAGE_LEAVES < end; page++)
+        begin_page(chunk, page);
+    mmc_bits_fill(chunk->busy, first, end, 1);
+    mmc_bits_fill(chunk->last, end - 1, end, 1);
+    chunk->free -= leaves;
+    taken += leaves * LEAF;
+    UNPOISON(region->start + first * LEAF, leaves * LEAF);
+    return region->start + first * LEAF;
+}
+
+/* The lowest there is, so that what lies above comes free. */
+static void *take_of_chunks(uint64_t leaves)
+{
+    struct region *fresh;
+    uint64_t first;
+    uint32_t i;
+
+    for (i = 0; i < count; i++) {
+        const struct chunk *chunk = regions[i].chunk;
+
+        if (!chunk || chunk->free < leaves)
+            continue;
+        first = find_run(chunk, leaves);
+        if (first < LEAVES)
+            return take_run(&regions[i], first, leaves);
+    }
+    fresh = add_chunk();
+    return fresh ? take_run(fresh, 0, leaves) : NULL;
+}
+
+static void give_run(struct region *region, const char *buffer)
+{
+    struct chunk *chunk = region->chunk;
+    const uint64_t first = (uint64_t)(buffer - region->start) / LEAF;
+    const uint64_t last = mmc_bits_next(chunk->last, first, LEAVES, 1);
+    const uint64_t leaves = last + 1 - first;
+    uint64_t page;
+
+    if (mmc_bits_next(chunk->busy, first, LEAVES, 0) <= last) /* given back twice */
+        abort();
+    mmc_bits_fill(chunk->busy, first, last + 1, 0);
+    mmc_bits_fill(chunk->last, last, last + 1, 0);
+    chunk->free += leaves;
+    taken -= leaves * LEAF;
+    POISON(buffer, leaves * LEAF);
+    for (page = first / PAGE_LEAVES; page <= last / PAGE_LEAVES; page++)
+        end_page(region, page);
+    if (!holds_any(chunk))
+        drop(region);
+}
+
+/* ---- regions of one transfer -------------------------------------------- */
+
+/* One that was kept, unless it is much longer: callers account for the length. */
+static struct region *find_whole(uint64_t length)
 {
     uint32_t i;
 
     for (i = 0; i < count; i++) {
-        if (regions[i].tree && regions[i].tree[1] > order)
+        const struct region *region = &regions[i];
+
+        if (region->is_unused && region->length >= length && region->length - length <= length / 8)
             return &regions[i];
     }
-    return add_chunk();
+    return NULL;
 }
-
-static void *carve(struct region *chunk, uint32_t order)
-{
-    uint8_t *tree = chunk->tree;
-    uint32_t node = 1, level;
-    char *block;
-
-    if (tree[1] == TOP_ORDER + 1)
-        unused -= CHUNK;
-    for (level = TOP_ORDER; level > order; level--) {
-        node *= 2;
-        if (tree[node] <= order)
-            node++;
-    }
-    tree[node] = 0;
-    block = chunk->start + (((uint64_t)node << order) - LEAVES) * LEAF;
-    while (node /= 2)
-        tree[node] = larger(tree[2 * node], tree[2 * node + 1]);
-    taken += LEAF << order;
-    UNPOISON(block, LEAF << order);
-    return block;
-}
-
-static void give_block(struct region *chunk, char *block)
-{
-    uint8_t *tree = chunk->tree;
-    uint32_t node = LEAVES + (uint32_t)((uint64_t)(block - chunk->start) / LEAF);
-    uint32_t order = 0;
-
-    for (; tree[node]; order++)
-        node /= 2;
-    POISON(block, LEAF << order);
-    taken -= LEAF << order;
-    tree[node] = (uint8_t)(order + 1);
-    while (node /= 2) {
-        const uint8_t left = tree[2 * node], right = tree[2 * node + 1];
-
-        order++;
-        /* Two free halves are a free whole. */
-        tree[node] = left == order && right == order ? (uint8_t)(order + 1) : larger(left, right);
-    }
-    if (tree[1] != TOP_ORDER + 1)
-        return;
-    unused += CHUNK;
-    if (unused > MMC_PAGES_KEPT_MAX) {
-        unused -= CHUNK;
-        drop(chunk);
-    }
-}
-
-/* ---- the interface ------------------------------------------------------ */
 
 static void *take_whole(uint64_t length)
 {
-    struct region *region;
+    struct region *region = find_whole(length);
 
-    if (length > INT64_MAX)
-        return NULL;
-    region = add((length + HUGE - 1) & ~(HUGE - 1));
-    if (!region)
-        return NULL;
+    if (region) {
+        region->is_unused = false;
+        unused -= region->length;
+        UNPOISON(region->start, region->length);
+    } else {
+        region = length <= INT64_MAX ? add(ROUNDED(length)) : NULL;
+        if (!region)
+            return NULL;
+        held += region->length;
+    }
     taken += region->length;
     return region->start;
 }
 
+static void drop_whole(struct region *region)
+{
+    held -= region->length;
+    drop(region);
+}
+
+static void give_whole(struct region *region)
+{
+    if (region->is_unused) /* given back twice */
+        abort();
+    taken -= region->length;
+    if (unused + region->length > MMC_PAGES_KEPT_MAX) {
+        drop_whole(region);
+        return;
+    }
+    region->is_unused = true;
+    unused += region->length;
+    POISON(region->start, region->length);
+}
+
+/* ---- the interface ------------------------------------------------------ */
+
 void *mmc_pages_take(uint64_t length)
 {
-    void *buffer = NULL;
-    struct region *chunk;
+    void *buffer;
 
     pthread_once(&watching, watch_forks);
     pthread_mutex_lock(&lock);
-    if (length > CHUNK) {
+    if (length > CHUNK_SERVES)
         buffer = take_whole(length);
-    } else {
-        chunk = chunk_with(order_of(length));
-        if (chunk)
-            buffer = carve(chunk, order_of(length));
-    }
+    else
+        buffer = take_of_chunks(length ? ROUNDED(length) / LEAF : 1);
     pthread_mutex_unlock(&lock);
     return buffer;
 }
@@ -300,14 +381,32 @@ int mmc_pages_give(void *buffer)
 
     pthread_mutex_lock(&lock);
     region = find(buffer);
-    if (region && region->tree) {
-        give_block(region, buffer);
-    } else if (region) {
-        taken -= region->length;
-        drop(region);
-    }
+    if (region && region->chunk)
+        give_run(region, buffer);
+    else if (region)
+        give_whole(region);
     pthread_mutex_unlock(&lock);
     return region != NULL;
+}
+
+void mmc_pages_trim(void)
+{
+    uint32_t i;
+
+    pthread_mutex_lock(&lock);
+    for (i = count; i-- > 0;) {
+        struct region *region = &regions[i];
+
+        if (region->is_unused) {
+            unused -= region->length;
+            drop_whole(region);
+        } else if (region->chunk) {
+            release_idle(region);
+            if (!holds_any(region->chunk))
+                drop(region);
+        }
+    }
+    pthread_mutex_unlock(&lock);
 }
 
 void mmc_pages_count(uint64_t *all, uint64_t *out)
@@ -316,4 +415,23 @@ void mmc_pages_count(uint64_t *all, uint64_t *out)
     *all = held;
     *out = taken;
     pthread_mutex_unlock(&lock);
+}
+
+/* ---- of any length ------------------------------------------------------ */
+
+void *mmc_memory_take(uint64_t length, uint64_t alignment)
+{
+    void *buffer = NULL;
+
+    if (length >= MMC_PAGES_MIN && alignment <= LEAF)
+        buffer = mmc_pages_take(length);
+    if (!buffer && posix_memalign(&buffer, alignment, length ? length : 1) != 0)
+        return NULL;
+    return buffer;
+}
+
+void mmc_memory_give(void *buffer)
+{
+    if (!mmc_pages_give(buffer))
+        free(buffer);
 }

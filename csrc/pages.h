@@ -8,8 +8,8 @@
  * 8 in flight, 3099; 17139 of 64 KiB, 16 in flight, 35138; 50694 of 16 KiB, 64 in flight, 70393;
  * those of 4 KiB stayed as they were.
  *
- * Any thread may call. What was given back is kept up to MMC_PAGES_KEPT_MAX bytes: memory taken
- * anew is zeroed by the kernel, which costs 420 us for 1 MiB where reuse costs 8.
+ * Any thread may call. Up to MMC_PAGES_KEPT_MAX bytes are kept that nobody uses: memory taken anew
+ * is zeroed by the kernel, which costs 420 us for 1 MiB in small pages where reuse costs 8.
  */
 #ifndef MMC_PAGES_H
 #define MMC_PAGES_H
@@ -20,12 +20,19 @@
 #define MMC_PAGES_MIN (16u << 10)
 #define MMC_PAGES_KEPT_MAX (32u << 20)
 
-/* Not zeroed. Aligned to the next power of two from `length` on, at most to 2 MiB. NULL where
- * there is no memory. */
+/* Not zeroed, aligned to 4 KiB, no more than `length` up to the next 4 KiB. NULL where there is no
+ * memory, or no room for a whole chunk. */
 void *mmc_pages_take(uint64_t length);
-/* Whether `buffer` came from here, and was given back now. */
+/* Whether `buffer` came from here, and was given back now. A second time it is a crash. */
 int mmc_pages_give(void *buffer);
-/* Bytes held from the kernel, and of these handed out. */
+/* Keeps nothing that nobody uses. */
+void mmc_pages_trim(void);
+/* Bytes held from the kernel (of those only that may have been touched), and handed out. */
 void mmc_pages_count(uint64_t *held, uint64_t *taken);
+
+/* Memory of any length, not zeroed, from above where it is large and there; NULL where there is
+ * none. Otherwise as posix_memalign(). */
+void *mmc_memory_take(uint64_t length, uint64_t alignment);
+void mmc_memory_give(void *buffer);
 
 #endif

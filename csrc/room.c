@@ -1,13 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 #include "strict.h"
 
-#include <stdlib.h>
-
 #include "pages.h"
 #include "room.h"
 
 #define LEAST 4096u
-#define ALIGNMENT 4096u
 #define ROOM_KEPT_MAX (32u << 20)
 
 /* Which size, or MMC_ROOM_SIZES where it is larger than all of them. */
@@ -20,31 +17,16 @@ static uint32_t size_number(uint64_t length)
     return number;
 }
 
-static void *allocate(uint64_t length)
-{
-    void *buffer;
-
-    if (length >= MMC_PAGES_MIN)
-        return mmc_pages_take(length);
-    return posix_memalign(&buffer, ALIGNMENT, length) == 0 ? buffer : NULL;
-}
-
-static void release(void *buffer)
-{
-    if (!mmc_pages_give(buffer))
-        free(buffer);
-}
-
 void *mmc_room_take(struct mmc_room *room, uint64_t length)
 {
     const uint32_t number = size_number(length);
     struct mmc_spare *spare;
 
     if (number == MMC_ROOM_SIZES)
-        return allocate(length);
+        return mmc_memory_take(length, LEAST);
     spare = room->kept[number];
     if (!spare)
-        return allocate((uint64_t)LEAST << number);
+        return mmc_memory_take((uint64_t)LEAST << number, LEAST);
     room->kept[number] = spare->next;
     room->kept_bytes -= (uint64_t)LEAST << number;
     return spare;
@@ -57,7 +39,7 @@ void mmc_room_give(struct mmc_room *room, void *buffer, uint64_t length)
 
     if (number == MMC_ROOM_SIZES ||
         room->kept_bytes + ((uint64_t)LEAST << number) > ROOM_KEPT_MAX) {
-        release(buffer);
+        mmc_memory_give(buffer);
         return;
     }
     spare->next = room->kept[number];
@@ -74,7 +56,7 @@ void mmc_room_clear(struct mmc_room *room)
             struct mmc_spare *spare = room->kept[number];
 
             room->kept[number] = spare->next;
-            release(spare);
+            mmc_memory_give(spare);
         }
     }
     room->kept_bytes = 0;

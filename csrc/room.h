@@ -1,15 +1,14 @@
 /* SPDX-License-Identifier: MIT
  *
- * Buffers for one thread: sized in powers of two, aligned to a page, not zeroed, kept for reuse.
- * From pages.h where they are large. Up to ROOM_KEPT_MAX bytes of them; what is larger than the
- * largest size is not kept.
+ * Buffers for one thread, aligned to a page, not zeroed. Small ones are kept for reuse, up to
+ * ROOM_KEPT_MAX bytes of them; large ones (pages.h) are not: each would keep its whole chunk.
  */
 #ifndef MMC_ROOM_H
 #define MMC_ROOM_H
 
 #include <stdint.h>
 
-#define MMC_ROOM_SIZES 11 /* 4 KiB, 8 KiB ... 4 MiB */
+#define MMC_ROOM_SIZES 2 /* that are kept: 4 KiB and 8 KiB */
 
 struct mmc_spare {
     struct mmc_spare *next;

@@ -28,7 +28,8 @@ __all__ = ["Completion", "Interrupted", "Reactor", "Task", "TurnQueue", "complet
 T = TypeVar("T")
 
 _PAUSE_SECONDS = 0.001
-# Whoever should have woken the one that closes may have been interrupted on the way.
+# Whoever should have woken a sleeper may have been interrupted on the way, even twice.
+_FOLLOW_SECONDS = 1.0
 _QUIESCE_SECONDS = 0.1
 
 
@@ -316,7 +317,7 @@ class Reactor:
             return
         self._followers += 1
         try:
-            self._sleep()
+            self._sleep(_FOLLOW_SECONDS)
         finally:
             self._followers -= 1
             if self._quiescing:
@@ -371,9 +372,10 @@ class Reactor:
     def _turn_unlocked(self) -> list[tuple[Completion[Any], int]]:
         return self._without_lock(lambda: self.queue.turn(True))
 
-    def _sleep(self, most_seconds: float = -1) -> None:
-        """Wait, without the lock, for the next ``_wake_all``. Not a Condition: a KeyboardInterrupt
-        can strike in one between giving up the lock and knowing how deep it was held."""
+    def _sleep(self, most_seconds: float) -> None:
+        """Wait, without the lock, for the next ``_wake_all`` or so long. Not a Condition: a
+        KeyboardInterrupt can strike in one between giving up the lock and knowing how deep it was
+        held."""
         waiter = threading.Lock()
         waiter.acquire()
         self._sleepers.append(waiter)

@@ -392,6 +392,31 @@ def test_interrupt_while_followers_are_woken_loses_none(queue, reactor, line):
             follower.result()
 
 
+def test_leader_interrupted_twice_leaves_no_follower_asleep(queue, reactor):
+    """The second interrupt strikes where the first lets the followers go."""
+
+    async def ask():
+        return await queue.request()
+
+    async def ask_traced():
+        sys.settrace(BreakInto("_wake_all", 1))
+        return await queue.request()
+
+    leader = Waiter(reactor, ask_traced())
+    queue.wait_for_sleeper()
+    followers = [Waiter(reactor, ask()) for _ in range(2)]
+    with queue.changed:
+        assert queue.changed.wait_for(lambda: len(queue.in_flight) == 3, 10)
+    wait_until(lambda: len(reactor._sleepers) == 2)
+    queue.break_in = KeyboardInterrupt()
+    queue.finish(queue.in_flight[0], 0)
+    with pytest.raises(KeyboardInterrupt):
+        leader.result()
+    for follower in followers:
+        with pytest.raises(Interrupted):
+            follower.result()
+
+
 def wait_until(is_so) -> None:
     deadline = time.monotonic() + 10
     while not is_so():
