@@ -104,6 +104,7 @@ BANNED_CALLS = [
     ("os.unlink", ("mmcow/storage/", "mmcow/nbd/", "mmcow/cli/convert.py"), "storage.names.remove"),
     ("fcntl.fcntl", ("mmcow/storage/locks.py",), "storage.locks"),
     ("fcntl.flock", (), "storage.locks: the world's tools use byte locks"),
+    ("self._transport.writelines", (), "write of what is joined (CVE-2024-12254)"),
     ("eval", (), "nothing"),
     ("exec", (), "nothing"),
 ]
