@@ -59,7 +59,12 @@ def configure_ctl(parser: Parser) -> None:
         "--rate", metavar="SIZE", type=size_argument("rate"), help="stream: bytes a second, at most"
     )
     parser.add_argument("--wait", action="store_true", help="stream: wait for the end of it")
-    add_progress(parser)
+    add_progress(parser, short=False)
+    parser.add_argument(
+        "-p", dest="show_progress", action="store_true",
+        help="show progress even where standard error is no terminal (then as qemu-img does, on "
+        "standard output; with --output=json as --progress=json)",
+    )  # fmt: skip
     add_output(parser)
     parser.add_argument("socket", metavar="SOCKET", help="the server's control socket")
     parser.add_argument("command", metavar="COMMAND", choices=_COMMANDS, help=", ".join(_COMMANDS))

@@ -170,4 +170,7 @@ def _choose(ui: Ui, arguments: argparse.Namespace) -> type[Meter]:
         return Meter
     if terminal.is_terminal(sys.stderr):
         return BarMeter
-    return QemuMeter if arguments.show_progress else Meter
+    if not arguments.show_progress:
+        return Meter
+    # A result in JSON is standard output's alone. qemu-img has no verb with both to be like.
+    return JsonMeter if getattr(arguments, "output", "human") == "json" else QemuMeter

@@ -17,7 +17,6 @@ Replies that become ready together leave together, in one send.
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket as sockets
 import time
 from functools import partial
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from mmcow.nbd.pump import Pump
     from mmcow.nbd.server import Server
     from mmcow.tasks import Completion
-
-log = logging.getLogger("mmcow.nbd")
 
 HANDSHAKE_SECONDS = 30.0
 REQUESTS_MOST = 128
@@ -69,6 +66,7 @@ class Connection(asyncio.BufferedProtocol):
         self._pumped: Pumped | None = None  # who serves it instead, once it is negotiated
         self._loop = server.loop
         self._transport: Any = None
+        self._socket_transport: Any = None  # the one below, where there is TLS
         self._encrypted = False
         self._handshake: Handshake | None = Handshake(
             server.exports, tls_required=server.tls is not None
@@ -91,6 +89,7 @@ class Connection(asyncio.BufferedProtocol):
         self._unread_memory = 0  # of replies that the client has not read
         self._in_turn = False
         self._started = False  # a request was begun in this turn
+        self._asked = False  # there was a valid request, ever
         self._write_due = False
         self._held: set[str] = set()  # why the client is not read from
         self._paused = False
@@ -114,7 +113,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client connected."""
-        self._transport = transport
+        self._transport = self._socket_transport = transport
         self.peer = peer_of(transport)
         if not self._server.joined(self):
             self._gone = True
@@ -246,7 +245,8 @@ class Connection(asyncio.BufferedProtocol):
         self._agreed = Agreed.of(handshake)
         self._rest = handshake.rest()  # the first requests; never more than was received at once
         export.connections += 1
-        log.info("client attached to export %r%s", export.name, self.peer)
+        told = self._server.told.attached
+        told.tell(f"client attached to export {export.name!r}{self.peer}")
         pump = self._server.pump()
         if pump is None:
             self._receive = memoryview(bytearray(RECEIVE))
@@ -330,6 +330,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _begin(self, export: Export, request: wire.Request) -> bool:
         """Begin one request, or refuse it; False where it has to wait."""
+        self._asked = True
         command, length = request.command, request.length
         problem = self._refusal(export, request)
         if problem is not None:
@@ -528,7 +529,9 @@ class Connection(asyncio.BufferedProtocol):
             elif len(out) == 1:
                 self._transport.write(out[0])
             elif max(map(len, out)) <= JOIN_MOST:
-                self._transport.writelines(out)
+                # Not writelines(): in CPython 3.12.0 to 3.12.8 and 3.13.0 to 3.13.1 it never says
+                # that too much is unsent (CVE-2024-12254).
+                self._transport.write(b"".join(out))
             else:
                 for reply in out:
                     self._transport.write(reply)
@@ -609,11 +612,9 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.abort()
 
     def _tell_dropped(self, why: str) -> None:
-        line = f"client dropped{self.peer}: {why}"
-        if self.export is None:  # which costs it nothing to repeat
-            self._server.turned_away.warn(line)
-        else:
-            log.warning("%s", line)
+        was_served = self._asked if self._pumped is None else self._pumped.was_served
+        told = self._server.told.dropped if was_served else self._server.told.turned_away
+        told.tell(f"client dropped{self.peer}: {why}")
 
     def abort(self) -> None:
         """Close at once."""
@@ -624,6 +625,9 @@ class Connection(asyncio.BufferedProtocol):
         self._stopping = True
         if self._pumped is not None:
             self._pumped.refuse()
+        if self._is_deaf():
+            self._end_handshake()
+            self._transport.abort()
         if self._handshake is None:
             return
         if "tls" in self._held:  # in the middle of TLS's own handshake nothing can be said
@@ -636,7 +640,18 @@ class Connection(asyncio.BufferedProtocol):
         """As if the client had said that it sends no more."""
         if not self._gone:
             self._end_handshake()
-            self._leave()
+            if self._is_deaf():
+                self._transport.abort()
+            else:
+                self._leave()
+
+    def _is_deaf(self) -> bool:
+        """Whether the client was never served and does not even read the negotiation: whatever
+        else it is told, the server would wait for it in vain."""
+        if self._pumped is not None or self._asked or self._gone:
+            return False
+        layers = (self._transport, self._socket_transport)
+        return any(layer.get_write_buffer_size() for layer in layers)
 
 
 def pump_limits() -> Limits:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from mmcow.nbd.export import Export
 
 _CONTEXTS = (wire.BASE_ALLOCATION, wire.ALLOCATION_DEPTH)
+# Options that are refused while the server stops, until the client is left: more than any needs to
+# take the hint. Without it a crowd that asks on and on keeps the loop from coming to the end.
+REFUSALS_MOST = 32
 
 
 class Step(Enum):
@@ -47,6 +50,7 @@ class Handshake:
         self._fixed = False
         self._greeted = False
         self._refuses = False
+        self._refusals = 0
         self._in = bytearray()
         self._out = bytearray(wire.greeting())
 
@@ -117,13 +121,14 @@ class Handshake:
             return Step.MORE
 
     def _refuse_option(self, option: int) -> Step:
-        """The client has to leave; it may ask on until it does."""
+        """The client has to leave; it may ask on for a while until it does."""
         if option == wire.OPT_ABORT:
             return self._abort()
         if option == wire.OPT_EXPORT_NAME:
             return Step.CLOSE  # this option has no error reply
         self._reply(option, wire.REP_ERR_SHUTDOWN, b"the server is stopping")
-        return Step.MORE
+        self._refusals += 1
+        return Step.CLOSE if self._refusals == REFUSALS_MOST else Step.MORE
 
     def _option_before_tls(self, option: int, body: bytes) -> Step:
         if option == wire.OPT_ABORT:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from mmcow.nbd.pump import Event, Pump, Socket
     from mmcow.tasks import Completion
 
+# What the pump receives from a client at once (IN_BYTES in csrc/client.c). More than that moves
+# only where the first request was valid.
+RECEIVE_MOST = 64 << 10
 _NO_PAYLOAD = memoryview(b"")
 
 
@@ -82,6 +85,11 @@ class Pumped:
     def unsent(self) -> int:
         """Bytes of replies that it has not read."""
         return int(self._look().unsent)
+
+    @property
+    def was_served(self) -> bool:
+        """Whether it surely had a valid request; not told of who moved little."""
+        return int(self._look().moved) > RECEIVE_MOST
 
     def stall(self) -> object | None:
         """See ``memory.Holder``."""

@@ -25,7 +25,7 @@ from mmcow.errors import StorageError, UsageError
 from mmcow.nbd.connection import Connection, pump_limits
 from mmcow.nbd.export import Export
 from mmcow.nbd.memory import Memory
-from mmcow.nbd.peers import Sparing
+from mmcow.nbd.peers import Told
 from mmcow.nbd.pump import Pump, can_pump
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Server:
         self._max_connections = _affordable(max_connections)
         afforded = self._max_connections == max_connections
         self._bound = "max-connections" if afforded else "limit of open files"
-        self.turned_away = Sparing(self.loop.time)  # lines about clients that were never served
+        self.told = Told(self.loop.time)
         self._listeners: list[asyncio.Server] = []
         self._names: list[SocketName] = []
         self._parted = asyncio.Event()
@@ -188,7 +188,7 @@ class Server:
         if self._closed is not None:
             return False
         if len(self.connections) >= self._max_connections and not self._make_room():
-            self.turned_away.warn(
+            self.told.turned_away.tell(
                 f"client refused{connection.peer}: no more than {self._max_connections} at once "
                 f"({self._bound})"
             )
@@ -270,7 +270,7 @@ class Server:
         for connection in list(self.connections):
             connection.abort()  # who does not read them
         await self._part(PARTING_SECONDS)
-        self.turned_away.rest()
+        self.told.rest()
         self.memory.close()
         if first is not None:
             raise first

@@ -77,6 +77,23 @@ def test_waiting_for_a_stream_tells_programs(capsys, control):
     assert json.loads(result.out)["state"] == "completed"
 
 
+def test_p_leaves_standard_output_to_the_result_in_json(capsys, control):
+    given = ("-p", "--rate", "16M", "--wait", "--output=json")
+    result = run(capsys, "ctl", *given, control, "stream")
+    assert json.loads(result.out)["state"] == "completed"  # nothing else is there
+    told = [json.loads(line) for line in result.err.splitlines()]
+    assert told[-1] == {"done": SIZE, "total": SIZE, "percent": 100.0}
+
+
+def test_p_is_for_people_as_everywhere(capsys, control):
+    result = run(capsys, "ctl", "-p", "--rate", "16M", "--wait", control, "stream")
+    assert result.err == ""
+    assert re.fullmatch(
+        r"(    \(\d+\.\d\d/100%\)\r)+\nstream completed: 100.0 % of 8 MiB \(8388608 bytes\)\n",
+        result.out,
+    )
+
+
 def test_ending_the_wait_leaves_the_stream_and_the_line(capsys, control, monkeypatch):
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)

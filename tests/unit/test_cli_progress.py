@@ -170,6 +170,9 @@ def test_bar_is_chosen_on_a_terminal(monkeypatch):
     ui = Ui()
     assert progress._choose(ui, arguments()) is progress.Meter
     assert progress._choose(ui, arguments(show_progress=True)) is progress.QemuMeter
+    for output, chosen in (("human", progress.QemuMeter), ("json", progress.JsonMeter)):
+        assert progress._choose(ui, arguments(show_progress=True, output=output)) is chosen
+    assert progress._choose(ui, arguments(output="json")) is progress.Meter
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert progress._choose(ui, arguments()) is progress.BarMeter
     assert progress._choose(ui, arguments(progress="none")) is progress.Meter

@@ -11,7 +11,7 @@ import pytest
 from mmcow.errors import UsageError
 from mmcow.nbd import connection
 from mmcow.nbd import protocol as wire
-from mmcow.nbd.handshake import Handshake, Step
+from mmcow.nbd.handshake import REFUSALS_MOST, Handshake, Step
 from tests.unit import nbd_client as nbd
 from tests.unit.nbd_client import Client
 from tests.unit.nbd_serving import MIB, make_raw, serving
@@ -344,6 +344,13 @@ class TestStopping:
             assert head == (0x3E889045565A9, number, nbd.ERR_SHUTDOWN)
         assert handshake.feed(self.option(nbd.ABORT)) is Step.CLOSE
         assert struct.unpack_from(">II", handshake.take_output(), 8) == (nbd.ABORT, nbd.ACK)
+
+    def test_who_asks_on_and_on_is_left(self):
+        handshake = self.stopping()
+        handshake.refuse()
+        assert handshake.feed(self.option(nbd.LIST) * 20000) is Step.CLOSE
+        answers = handshake.take_output()
+        assert answers.count(struct.pack(">II", nbd.LIST, nbd.ERR_SHUTDOWN)) == REFUSALS_MOST
 
     def test_the_option_that_is_coming_is_refused_when_it_is_there(self):
         handshake = self.stopping()

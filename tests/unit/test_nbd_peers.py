@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import struct
 
 import pytest
 
 from mmcow.nbd import peers
-from mmcow.nbd.peers import Sparing, peer_of
+from mmcow.nbd.peers import Sparing, Told, peer_of
 
 
 class Transport:
@@ -62,7 +63,7 @@ def test_lines_are_bounded_and_none_is_lost(caplog):
     now = 0.0
     sparing = Sparing(lambda: now)
     for number in range(9000):
-        sparing.warn(f"client {number} refused")
+        sparing.tell(f"client {number} refused")
         now = (number + 1) / 10
     spans = 900 / peers.LINES_SECONDS
     lines = [record.message for record in caplog.records]
@@ -81,6 +82,39 @@ def test_lines_are_bounded_and_none_is_lost(caplog):
 
 def test_nothing_is_said_of_nobody(caplog):
     sparing = Sparing(lambda: 0.0)
-    sparing.warn("one")
+    sparing.tell("one")
     sparing.rest()
     assert [record.message for record in caplog.records] == ["one"]
+
+
+def test_ordinary_use_loses_no_line(caplog):
+    """For ten minutes: nbdcopy with 16 connections every four seconds, while 40 machines start."""
+    caplog.set_level(logging.INFO, "mmcow.nbd")
+    now = 0.0
+    told = Told(lambda: now)
+    said = [f"machine {number} attached" for number in range(40)]
+    said += [f"copy {copy} attached {number}" for copy in range(150) for number in range(16)]
+    for number, line in enumerate(said):
+        now = max(0.0, (number - 40) / 4)
+        told.attached.tell(line)
+    told.rest()
+    assert [record.message for record in caplog.records] == said
+    assert {record.levelno for record in caplog.records} == {logging.INFO}
+
+
+def test_each_kind_has_its_own_bound(caplog):
+    caplog.set_level(logging.INFO, "mmcow.nbd")
+    told = Told(lambda: 0.0)
+    for _ in range(9000):
+        told.attached.tell("attached")
+        told.turned_away.tell("refused")
+    told.dropped.tell("a client that was served")
+    told.rest()
+    lines = [record.message for record in caplog.records]
+    assert lines.count("attached") == peers.SERVED_LINES_MOST
+    assert lines.count("refused") == peers.LINES_MOST
+    assert lines[-3:] == [
+        "a client that was served",
+        f"{9000 - peers.SERVED_LINES_MOST} more clients attached",
+        f"{9000 - peers.LINES_MOST} more clients were refused or dropped",
+    ]

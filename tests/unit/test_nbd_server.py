@@ -206,6 +206,38 @@ class TestLimits:
         left = len(turned_away) - peers.LINES_MOST
         assert lines[-1] == f"{left} more clients were refused or dropped"
 
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_nor_do_those_who_attach_and_send_no_request(
+        self, tmp_path, image, caplog, monkeypatch, at_once
+    ):
+        """And a client that was served, and breaks the protocol meanwhile, has its line."""
+        monkeypatch.setattr(peers, "SERVED_LINES_MOST", 40)
+        caplog.set_level(logging.INFO, "mmcow.nbd")
+        attach = struct.pack(">I8sII", 3, nbd.IHAVEOPT, nbd.EXPORT_NAME, 0)
+        with serving(image, tmp_path / "s") as served:
+            served_once = connect(served.path)
+            served_once.read(0, MIB)
+            for _ in range(100):
+                with Client(served.path, greet=False) as client:
+                    client.send(attach + bytes(28 * at_once))
+                    assert client.receive(18 + 10)
+                    if not at_once:
+                        client.send(bytes(28))
+                    assert client.at_end()
+            served_once.send(b"\xde\xad\xbe\xef" + bytes(24))
+            assert served_once.at_end()
+            served_once.close()
+        lines = [r.message for r in caplog.records if r.name == "mmcow.nbd"]
+        assert sum(line.startswith("client attached") for line in lines) == 40
+        dropped = [line for line in lines if line.startswith("client dropped")]
+        assert len(dropped) == peers.LINES_MOST + 1
+        assert "request begins with 0xdeadbeef" in dropped[-1]
+        assert lines[-2:] == [
+            "61 more clients attached",
+            "90 more clients were refused or dropped",
+        ]
+        assert len(lines) == 40 + len(dropped) + 2
+
     def test_the_silent_give_way(self, tmp_path, image):
         with serving(image, tmp_path / "s", max_connections=3) as served:
             good = connect(served.path)
@@ -429,6 +461,56 @@ class TestClose:
         early.close()
         assert served.stop() is None
 
+    @pytest.mark.parametrize("last", [nbd.LIST, nbd.ABORT, nbd.EXPORT_NAME])
+    def test_does_not_wait_for_who_reads_not_even_the_negotiation(
+        self, tmp_path, image, monkeypatch, last
+    ):
+        """Whatever its last option was."""
+        monkeypatch.setattr(server, "PARTING_SECONDS", 20.0)
+        served = Serving({"": image}, tmp_path / "s")
+        with Client(served.path) as deaf:
+            fill_with_answers(served, deaf)
+            deaf.send_option(last)
+            time.sleep(0.1)
+            began = time.monotonic()
+            served.end()
+            assert time.monotonic() - began < 10
+        assert served.stop() is None
+
+    def test_nor_for_who_asks_on_and_reads_nothing_when_it_is_told(
+        self, tmp_path, image, monkeypatch
+    ):
+        """While the last requests are finished."""
+        monkeypatch.setattr(server, "PARTING_SECONDS", 20.0)
+        served = Serving({"": image}, tmp_path / "s", hits=False)
+        engine = served.engine()
+        held = []
+
+        def slow(_offset, buffers):
+            completion = Completion()
+            held.append((completion, len(buffers[0])))
+            return completion
+
+        engine.top.data.read = slow
+        with connect(served.path) as client, Client(served.path) as deaf:
+            assert deaf.option(nbd.LIST)
+            client.start(nbd.READ, 0, 512)
+            while not held:
+                time.sleep(0.01)
+            served.loop.call_soon_threadsafe(served._end.set)
+            while not served.server._closed:
+                time.sleep(0.01)
+            with pytest.raises(ConnectionError):  # it is left
+                fill_with_answers(served, deaf)
+            began = time.monotonic()
+            served.loop.call_soon_threadsafe(lambda: held[0][0].set(held[0][1]))
+            served.loop.call_soon_threadsafe(engine.reactor.poll)
+            assert not client.next_reply()[1].error
+            assert client.at_end()
+            served.end()
+            assert time.monotonic() - began < 10
+        assert served.stop() is None
+
     def test_ends_clients_of_every_kind(self, tmp_path, image, monkeypatch):
         monkeypatch.setattr(server, "PARTING_SECONDS", 0.5)
         disk = make_raw(tmp_path / "big.raw", bytes(32 * MIB))
@@ -482,6 +564,15 @@ class TestClose:
 
 def client_has_data(client):
     return bool(select.select([client.socket], [], [], 0.001)[0])
+
+
+def fill_with_answers(served, client):
+    """Ask for lists and read none, until an answer does not even leave the server."""
+    for _ in range(20000):
+        client.send_option(nbd.LIST)
+        if served.run(lambda: sum(one.unsent for one in served.server.connections)):
+            return
+    raise AssertionError("all of it left")
 
 
 def test_idle_means_idle(tmp_path, image):
