@@ -7,6 +7,7 @@
 #include "strict.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -366,9 +367,11 @@ static int look(struct mmc_pump *pump, struct epoll_event *ready)
         pump->unspun -= pump->unspun > 0;
         return 0;
     }
-    do
+    do {
         n = epoll_wait(pump->epoll, ready, READY_MAX, 0);
-    while (n == 0 && clock_ns() < until);
+        if (n == 0)
+            sched_yield(); /* to clients: they may have no other CPU */
+    } while (n == 0 && clock_ns() < until);
     if (n == 0)
         pump->unspun = UNSPUN;
     return n;
