@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import subprocess
+import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -65,6 +66,23 @@ def run(
     if ended.returncode:
         raise Failed(f"{shown(command)}: status {ended.returncode}: {last_line(ended.stderr)}")
     return Ended(ended.stdout or "", wall, _children_cpu() - before)
+
+
+def seconds_of(command: Sequence[str]) -> float:
+    """How long a short program takes; Failed if it fails or takes too long.
+
+    Not by ``run``: waiting with a time-out polls, in steps that grow to 8 ms in the first 16.
+    """
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT) as process:
+        watchdog = threading.Timer(SECONDS_MOST, process.kill)
+        watchdog.start()
+        status = process.wait()
+        seconds = time.perf_counter() - start
+        watchdog.cancel()
+    if status:
+        raise Failed(f"{shown(command)}: status {status}")
+    return seconds
 
 
 def shown(command: Sequence[str | Path]) -> str:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-import subprocess
 import sys
-import time
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
@@ -43,7 +41,7 @@ from bench.model import (
     Work,
     base_side,
 )
-from bench.process import ENVIRONMENT, Failed
+from bench.process import Failed, seconds_of
 from bench.servers import serving
 
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ _GOLDEN_NEAR = 64
 _LARGEST_CLUSTER = 128 * KIB
 _CLUSTERS_MOST = 8000
 _REPEATED_MOST = 0.02  # of random first writes; n of N blocks repeat n / 2N of them
-_STARTS = 5
+_STARTS = 20
 
 
 # ---- counts and strides ---------------------------------------------------------------------
@@ -308,11 +306,7 @@ def start(lab: Lab, cell: Cell) -> Iterator[Measure]:
         seconds = 0.0
         for _ in range(_STARTS):
             lab.settle(image)
-            begin = time.perf_counter()
-            subprocess.run(
-                command, stdout=subprocess.DEVNULL, check=True, timeout=60, env=ENVIRONMENT
-            )
-            seconds += time.perf_counter() - begin
+            seconds += seconds_of(command)
         return Sample(seconds / _STARTS * 1000)
 
     yield _warmed(cell, measure)
