@@ -390,6 +390,11 @@ static void test_plans(void)
     CHECK(!mmc_load_open(rig.path, &plan, &error));
     CHECK_EQUAL(error, -EINVAL);
     plan = plan_of(1);
+    plan.start = INT64_MAX - plan.length + 1;
+    CHECK(!mmc_load_open(rig.path, &plan, &error));
+    CHECK_EQUAL(error, -EINVAL);
+    plan = plan_of(1);
+    plan.start = 0;
     plan.block = plan.length = INT64_MAX - 5;
     plan.first = 0;
     CHECK(!mmc_load_open(rig.path, &plan, &error));
