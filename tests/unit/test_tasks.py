@@ -325,11 +325,7 @@ def test_interrupted_leader_frees_its_followers(queue, reactor):
     async def ask():
         return await queue.request()
 
-    leader = Waiter(reactor, ask())
-    queue.wait_for_sleeper()
-    followers = [Waiter(reactor, ask()) for _ in range(2)]
-    with queue.changed:
-        assert queue.changed.wait_for(lambda: len(queue.in_flight) == 3, 10)
+    leader, followers = lead_and_follow(queue, reactor, ask(), [ask(), ask()])
     queue.break_in = KeyboardInterrupt()
     queue.finish(queue.in_flight[0], 0)
     with pytest.raises(KeyboardInterrupt):
@@ -337,6 +333,24 @@ def test_interrupted_leader_frees_its_followers(queue, reactor):
     for follower in followers:
         with pytest.raises(Interrupted):
             follower.result()
+
+
+def lead_and_follow(queue, reactor, first, others):
+    """A thread that waits in the queue, and others that wait for it; each with one request."""
+    leader = Waiter(reactor, first)
+    queue.wait_for_sleeper()
+    followers = [Waiter(reactor, other) for other in others]
+    with queue.changed:
+        assert queue.changed.wait_for(lambda: len(queue.in_flight) == 1 + len(others), 10)
+    wait_until(lambda: len(reactor._sleepers) == len(others))
+    return leader, followers
+
+
+def wait_until(is_so) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 class BreakInto:
@@ -371,12 +385,7 @@ def test_interrupt_while_followers_are_woken_loses_none(queue, reactor, line):
         sys.settrace(break_in)
         return value
 
-    leader = Waiter(reactor, ask_traced())
-    queue.wait_for_sleeper()
-    followers = [Waiter(reactor, ask()) for _ in range(3)]
-    with queue.changed:
-        assert queue.changed.wait_for(lambda: len(queue.in_flight) == 4, 10)
-    wait_until(lambda: len(reactor._sleepers) == 3)
+    leader, followers = lead_and_follow(queue, reactor, ask_traced(), [ask() for _ in range(3)])
     queue.finish(queue.in_flight[0], 0)
     with pytest.raises(KeyboardInterrupt):
         leader.result()
@@ -402,12 +411,7 @@ def test_leader_interrupted_twice_leaves_no_follower_asleep(queue, reactor):
         sys.settrace(BreakInto("_wake_all", 1))
         return await queue.request()
 
-    leader = Waiter(reactor, ask_traced())
-    queue.wait_for_sleeper()
-    followers = [Waiter(reactor, ask()) for _ in range(2)]
-    with queue.changed:
-        assert queue.changed.wait_for(lambda: len(queue.in_flight) == 3, 10)
-    wait_until(lambda: len(reactor._sleepers) == 2)
+    leader, followers = lead_and_follow(queue, reactor, ask_traced(), [ask(), ask()])
     queue.break_in = KeyboardInterrupt()
     queue.finish(queue.in_flight[0], 0)
     with pytest.raises(KeyboardInterrupt):
@@ -415,13 +419,6 @@ def test_leader_interrupted_twice_leaves_no_follower_asleep(queue, reactor):
     for follower in followers:
         with pytest.raises(Interrupted):
             follower.result()
-
-
-def wait_until(is_so) -> None:
-    deadline = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_leader_leaves_once_another_thread_was_interrupted(queue, reactor):
