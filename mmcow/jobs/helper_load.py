@@ -166,9 +166,11 @@ class HelperLoad:
             self._keep(completion.error)
             self.stop()
         self._pending -= 1
-        lib.mmc_load_busy(self._load, -1)
+        # First, for another thread may run this: with nothing in flight and the flush still due the
+        # helper would ask for one more.
         if self._part.drain:
             lib.mmc_load_resume(self._load)
+        lib.mmc_load_busy(self._load, -1)
 
     def _relieve(self) -> None:
         """Hits leave it to others to write metadata out where much of it has come together."""

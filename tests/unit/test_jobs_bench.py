@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 
 import pytest
 
 import mmcow
+from mmcow import native
 from mmcow.errors import Cancelled, ReadOnlyError, StorageError, UsageError
-from mmcow.jobs import bench
+from mmcow.jobs import bench, helper_load
 from mmcow.jobs.bench import Run, Side, Spread, measure
 from mmcow.jobs.latency import Histogram
 from mmcow.jobs.load import Load
@@ -113,6 +115,28 @@ def test_threads_that_write_share_an_image(tmp_path, raw, host, flush_every):
     assert side.runs[0].flushes.count == (150 if flush_every else 0)
     with mmcow.open(tmp_path / "top.acow") as image:
         assert image.read(0, SIZE) == b"\7" * (192 * KIB) + b"\1" * (SIZE - 192 * KIB)
+
+
+class _Late:
+    """The helper, which takes its time to say that something is over."""
+
+    def __getattr__(self, name):
+        return getattr(native.lib, name)
+
+    def mmc_load_busy(self, load, change):
+        native.lib.mmc_load_busy(load, change)
+        if change < 0:
+            time.sleep(0.002)
+
+
+def test_flush_that_another_thread_ends_is_asked_for_once(tmp_path, raw, host, monkeypatch):
+    monkeypatch.setattr(helper_load, "lib", _Late())
+    mmcow.create(tmp_path / "top.acow", backing="disk.raw", backing_format="raw")
+    load = Load(count=120, depth=4, threads=3, read_percent=0, length=192 * KIB, flush_every=4)
+    with mmcow.open(tmp_path / "top.acow", write=True, host=host) as image:
+        side = Side("a", [image])
+        measure([side], load)
+    assert side.runs[0].flushes.count == 30
 
 
 def test_progress_rises_to_its_end(raw):
