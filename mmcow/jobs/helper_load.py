@@ -83,11 +83,12 @@ class HelperLoad:
         self._reactor.check()
         while now < until:
             why = self._run_helper(now)
+            # Also at the end: what was collected may be another thread's, who waits for it.
+            if why or self._collected[0] or self._pending:
+                self._attend(why)
             if why & lib.MMC_LOAD_OVER:
                 self._finish()
                 return True
-            if why or self._collected[0] or self._pending:
-                self._attend(why)
             now = perf_counter_ns()
         self._relieve()
         self._note_progress()

@@ -139,6 +139,21 @@ def test_flush_that_another_thread_ends_is_asked_for_once(tmp_path, raw, host, m
     assert side.runs[0].flushes.count == 30
 
 
+@pytest.mark.timeout(60, method="thread")
+def test_what_a_thread_that_ends_has_collected_is_not_lost(tmp_path, raw, host):
+    """Misses of four threads: whoever collects last may be another than who waits."""
+    load = Load(
+        count=200, random=True, depth=16, threads=4, read_percent=0, block=7 * KIB, seed=1
+    )  # fmt: skip
+    for number in range(20):
+        top = tmp_path / f"top{number}.acow"
+        mmcow.create(top, backing="disk.raw", backing_format="raw")
+        with mmcow.open(top, write=True, host=host) as image:
+            side = Side("a", [image])
+            measure([side], load)
+        assert side.runs[0].count == 200
+
+
 def test_progress_rises_to_its_end(raw):
     seen = []
     with mmcow.open(raw, format="raw") as image:
