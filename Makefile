@@ -90,7 +90,7 @@ demo: build ## show what mmcow does, step by step
 bench: build deps-interop ## measure beside qemu, fio and nbdkit: bench/results, bench/report.md (half an hour)
 	$(BIN)/python -m bench $(BENCH)
 
-bench-quick: build deps-interop ## a few of these in less than five minutes: build/bench/report.md
+bench-quick: build deps-interop ## a few of these in under three minutes: build/bench/report.md
 	$(BIN)/python -m bench --quick $(BENCH)
 
 bench-clusters: build ## measure which cluster size add-cow should have by default

@@ -136,7 +136,8 @@ def _run(lab: Lab, suites: Sequence[Suite], args: argparse.Namespace, out: Path)
             failed |= "failed" in result
             print(f"{time.monotonic() - begin:5.0f} s  {suite.name}: {report.line(result)}")
             sys.stdout.flush()
-        if results:
+        # Where nothing could be measured an earlier result is better than none.
+        if not all("failed" in result for result in results):
             _save(suite, results, host, args, out)
     return failed
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +48,9 @@ def seconds(text: str) -> float:
 
 def folder(text: str) -> Path:
     """A kind of argument: a folder that is there."""
-    path = Path(text)
+    path = Path(os.path.abspath(text))  # programs are started elsewhere
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no name")
     if not path.is_dir():
         why = "is no folder" if path.exists() else "does not exist"
         raise argparse.ArgumentTypeError(f"{text!r} {why}")

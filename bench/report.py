@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bench import plots
 from bench.common import HERE, RESULTS, load_result
 from bench.options import ended, folder
+from bench.process import Failed
 from bench.stats import MET, NOISE, SHORT, UNSURE
 from bench.suites import SUITES
 
@@ -217,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> int:
+        if not any((args.dir / "results").glob("*.json")):
+            raise Failed(f"{args.dir}: has no results/*.json")
         print(write(args.dir))
         return 0
 

@@ -121,8 +121,17 @@ class _Lib:
     def mmc_pump_drop_queue(self, pump: Any, queue: Any, /) -> None: ...
     def mmc_pump_turn(self, pump: Any, timeout_ms: int, events: Any, most: int, /) -> int: ...
     def mmc_pump_attach(
-        self, pump: Any, fd: int, path: Any, counts: Any, number: int, flags: int,
-        rest: Any, length: int, error: Any, /
+        self,
+        pump: Any,
+        fd: int,
+        path: Any,
+        counts: Any,
+        number: int,
+        flags: int,
+        rest: Any,
+        length: int,
+        error: Any,
+        /,
     ) -> Any: ...
     def mmc_client_refuse(self, client: Any, /) -> None: ...
     def mmc_client_leave(self, client: Any, /) -> None: ...

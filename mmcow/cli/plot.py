@@ -130,6 +130,10 @@ def _legend(side: Side, histogram: Histogram, number: int, colour: str) -> Pictu
 # ---- files ----
 
 
+# What the pictures made here begin with.
+_MAGIC = {".svg": b"<svg xmlns=", ".png": b"\x89PNG\r\n\x1a\n"}
+
+
 def writer(path: str) -> Callable[[Picture], None]:
     """What writes a picture to ``path``; refuses what cannot work before anything is measured."""
     suffix = os.path.splitext(path)[1].lower()
@@ -140,16 +144,36 @@ def writer(path: str) -> Callable[[Picture], None]:
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise CommandLineError(f"bench: --plot {path!r}: {folder!r} is no directory")
+    _refuse_other(path, suffix)
     encode = as_png if suffix == ".png" else as_svg
 
     def write(picture: Picture) -> None:
+        _refuse_other(path, suffix)
+        content = encode(picture)
         try:
             with open(path, "wb") as file:
-                file.write(encode(picture))
+                file.write(content)
         except OSError as error:
             raise StorageError(error.errno or 0, "write", path) from error
 
     return write
+
+
+def _refuse_other(path: str, suffix: str) -> None:
+    """Only a picture is overwritten: anything else may be a disk, even the one that is measured."""
+    magic = _MAGIC[suffix]
+    try:
+        with open(path, "rb") as file:
+            head = file.read(len(magic))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(error.errno or 0, "read", path) from error
+    if head and head != magic:
+        raise CommandLineError(
+            f"bench: --plot {path!r}: exists and is no {suffix[1:].upper()} picture: remove it, or "
+            "take another name"
+        )
 
 
 def as_svg(picture: Picture) -> bytes:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from mmcow.storage.host import Buffer
 
+_BLKROGET = 0x125E  # linux/fs.h
 _KINDS = {stat_bits.S_IFREG: "file", stat_bits.S_IFBLK: "block", stat_bits.S_IFDIR: "directory"}
 
 
@@ -197,6 +198,8 @@ class FileHost:
         try:
             handle = LinuxHandle(path, descriptor, writable=write, direct=direct)
             self._refuse_kind(path, handle.kind)  # it may have been swapped since the stat
+            if write and handle.kind == "block":
+                _refuse_read_only(path, descriptor)
         except BaseException:
             os.close(descriptor)
             raise
@@ -217,6 +220,16 @@ class FileHost:
             number = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL
             raise StorageError(number, "open", path) from error
         return stat_of(result, result.st_size)
+
+
+def _refuse_read_only(path: str, descriptor: int) -> None:
+    """The kernel opens a read-only device for writing, and refuses the writes (BLKROGET)."""
+    import fcntl  # noqa: PLC0415 - for block devices only
+
+    flag = bytearray(4)
+    fcntl.ioctl(descriptor, _BLKROGET, flag)
+    if any(flag):
+        raise StorageError(errno.EACCES, "open for writing (the device is read-only)", path)
 
 
 def _busy(path: str) -> StorageError:

@@ -276,6 +276,20 @@ def test_a_device_in_use_names_the_user(tmp_path):
         os.close(reader)
 
 
+def test_a_read_only_device_is_refused_at_opening(tmp_path):
+    """The kernel lets it be opened for writing, and refuses the writes."""
+    requires("losetup", root=True)
+    image = tmp_path / "device.img"
+    image.write_bytes(b"\5" * (1 << 20))
+    with loop_device(image, read_only=True) as device:
+        with pytest.raises(mmcow.StorageError) as caught:
+            mmcow.open(device, format="raw", write=True)
+        assert f"{device}: open for writing (the device is read-only)" in str(caught.value)
+        assert caught.value.errno == errno.EACCES
+        with mmcow.open(device, format="raw") as disk:
+            assert disk.read(4096, 512) == b"\5" * 512
+
+
 def test_a_mounted_device_names_the_mount_point(tmp_path):
     requires_fs("ext4")
     folder = tmp_path / "a folder"

@@ -175,9 +175,12 @@ class QemuIo:
 
 
 @contextmanager
-def loop_device(backing: str | Path, *, sector: int = 512, direct: bool = False) -> Iterator[str]:
+def loop_device(
+    backing: str | Path, *, sector: int = 512, direct: bool = False, read_only: bool = False
+) -> Iterator[str]:
     """A loop device over a file; detached at the end."""
     options = ["--direct-io=on"] if direct else []
+    options += ["-r"] if read_only else []
     device = run("losetup", "-f", "--show", "-b", str(sector), *options, backing).stdout.strip()
     try:
         yield device

@@ -63,6 +63,8 @@ def test_every_command_has_a_help(capsys, name):
         ("bench", ["more"], "unrecognized arguments: more"),
         ("bench.report", ["none"], "DIR: 'none' does not exist"),
         ("bench.report", ["file"], "DIR: 'file' is no folder"),
+        ("bench.report", ["."], ": has no results/*.json"),
+        ("bench.report", [""], "DIR: '' is no name"),
         ("bench.report", [".", "."], "unrecognized arguments: ."),
         ("bench.cluster_size", ["--rounds", "0"], "'0' is no whole number of at least 1"),
         ("bench.cluster_size", ["--base-size", "1.5"], "--base-size: '1.5' is no whole number"),

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -391,9 +392,29 @@ def test_png_without_pillow_is_refused_before_anything_is_written(capsys, raw, m
     assert raw.read_bytes() == b"\1" * MIB
 
 
+@pytest.mark.parametrize("name", ["disk.svg", "disk.png", "link.svg"])
+def test_plot_overwrites_no_disk(capsys, raw, name):
+    if name == "link.svg":
+        Path(name).symlink_to(raw)
+    else:
+        raw.rename(name)
+        Path("a.raw").write_bytes(bytes(MIB))
+    before = Path(name).read_bytes()
+    err = run(capsys, "bench", *QUICK, "-f", "raw", "a.raw", "--plot", name, status=1).err
+    assert f"--plot {name!r}: exists and is no {name[-3:].upper()} picture" in err
+    assert Path(name).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["p.svg", "p.png"])
+def test_plot_is_drawn_over_an_earlier_one(capsys, raw, name):
+    for _ in range(2):
+        run(capsys, "bench", *QUICK, "-f", "raw", "a.raw", "--plot", name)
+    assert Path(name).stat().st_size > 1000
+
+
 def test_plot_that_cannot_be_written_is_named(capsys, raw, monkeypatch):
     def no_room(path, *arguments, **options):
-        if str(path) == "p.svg":
+        if str(path) == "p.svg" and arguments == ("wb",):
             raise OSError(28, "No space left on device")
         return real(path, *arguments, **options)
 
