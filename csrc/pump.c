@@ -216,13 +216,13 @@ static void collect(struct mmc_pump *pump, struct mmc_pump_queue *queue)
 {
     struct mmc_done done[DONE_MAX];
     uint32_t room = pump->max - pump->count;
-    int n;
-    int i;
+    int n, i;
 
     if (room > DONE_MAX)
         room = DONE_MAX;
     if (!room) /* the queue's descriptor tells again */
         return;
+    pump->now = clock_ns(); /* when they ended, as far as the latencies go */
     n = mmc_queue_turn(queue->queue, NULL, 0, done, room, 0);
     for (i = 0; i < n; i++) {
         struct mmc_pump_event *event = mmc_pump_tell(pump, MMC_PUMP_RESULT, queue->number);
