@@ -97,7 +97,7 @@ def _add_requests(parser: Parser) -> None:
         help=f"how many requests ({COUNT}; without --time)",
     )  # fmt: skip
     parser.add_argument(
-        "--time", type=_seconds, metavar="SECONDS", help="end after so long, instead of a count"
+        "--time", type=_seconds, metavar="SECONDS", help="end after so long; with -c at what comes first"
     )
     parser.add_argument(
         "-d", "--depth", type=number_argument("depth", 1), default=64, metavar="DEPTH",

@@ -135,6 +135,8 @@ class _Server:
         message = {"execute": command, "arguments": arguments}
         try:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except (BrokenPipeError, ConnectionResetError):
+            raise Refused("the server has ended") from None
         except OSError as error:
             raise StorageError(error.errno or 0, "write", self._path) from error
         answer = self._read()

@@ -108,7 +108,7 @@ class Control:
         """Carry out one line; returns the answer. Never raises for what a client sent."""
         identity: dict[str, Any] = {}
         try:
-            message = json.loads(line)
+            message = json.loads(line.decode())
         except (ValueError, RecursionError) as error:  # also a number of too many digits
             return _error("GenericError", f"not JSON: {error}")
         try:
@@ -123,6 +123,7 @@ class Control:
                 raise UsageError(f"unknown command {message.get('execute')!r}; known: {known}")
             if not isinstance(arguments, dict):
                 raise UsageError("arguments are a JSON object")
+            _check_names(str(message["execute"]), arguments)
             return {"return": await command(arguments), **identity}
         except (MmcowError, OSError) as error:
             return _error(type(error).__name__, str(error), identity)
@@ -185,6 +186,25 @@ class Control:
         if name is not None and not isinstance(name, str):
             raise UsageError(f"export {name!r}: must be a name")
         return live.find(self._server, name)
+
+
+# A misspelt "rate" must not be a stream without a limit.
+_ARGUMENTS = {
+    "qmp_capabilities": {"enable"},
+    "status": {"export"},
+    "flush": {"export"},
+    "stream": {"export", "action", "rate"},
+    "snapshot": {"export", "name", "data_file"},
+    "resize": {"export", "size"},
+    "quit": set[str](),
+}
+
+
+def _check_names(command: str, arguments: Arguments) -> None:
+    for name in arguments:
+        if name not in _ARGUMENTS[command]:
+            known = ", ".join(sorted(_ARGUMENTS[command])) or "none"
+            raise UsageError(f"{command}: unknown argument {name!r}; known: {known}")
 
 
 def _number(arguments: Arguments, key: str) -> int | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -139,6 +140,28 @@ def test_stream_lets_go_of_the_base(controlled, tmp_path):
     controlled.execute("stream")
     controlled.wait_for_stream("completed")
     mmcow.open(tmp_path / "base.raw", format="raw", write=True).close()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "text"),
+    [
+        ("stream", {"rte": MIB}, "stream: unknown argument 'rte'; known: action, export, rate"),
+        ("resize", {"size": 64 * MIB, "force": True}, "resize: unknown argument 'force'"),
+        ("quit", {"export": ""}, "quit: unknown argument 'export'; known: none"),
+    ],
+)
+def test_unknown_argument_is_refused_and_nothing_begins(controlled, command, arguments, text):
+    before = controlled.export()
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        controlled.execute(command, **arguments)
+    after = controlled.export()
+    assert (after["stream"], after["size"]) == (before["stream"], before["size"])
+    assert controlled.quits == []
+
+
+def test_bytes_that_are_no_utf8_are_no_json(controlled):
+    answer = controlled.say(b"\xff\xfe{\x00}\x00\n")
+    assert "not JSON: 'utf-8' codec can't decode" in answer["error"]["desc"]
 
 
 def test_stream_pauses_resumes_and_is_cancelled(controlled):
