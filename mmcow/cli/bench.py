@@ -97,8 +97,9 @@ def _add_requests(parser: Parser) -> None:
         help=f"how many requests ({COUNT}; without --time)",
     )  # fmt: skip
     parser.add_argument(
-        "--time", type=_seconds, metavar="SECONDS", help="end after so long; with -c at what comes first"
-    )
+        "--time", type=_seconds, metavar="SECONDS",
+        help="end after so long; with -c at what comes first",
+    )  # fmt: skip
     parser.add_argument(
         "-d", "--depth", type=number_argument("depth", 1), default=64, metavar="DEPTH",
         help="how many requests are in flight (64)",
