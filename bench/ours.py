@@ -46,7 +46,7 @@ def fill(path: Path, source: Path) -> None:
     )  # fmt: skip
 
 
-def bench(image: Path, work: Requests, count: int, seed: int) -> Sample:
+def bench(image: Path, form: str, work: Requests, count: int, seed: int) -> Sample:
     """``mmcow bench``, which times itself from the first request to the last.
 
     Where qemu-img bench strides, this is random, as fio is.
@@ -57,7 +57,7 @@ def bench(image: Path, work: Requests, count: int, seed: int) -> Sample:
     if work.flush:
         options += ["--flush-interval", "1"]
     ended = run(
-        *command(), "bench", "-f", FORMAT, "-t", "none", "-c", str(count), "-d", str(work.depth),
+        *command(), "bench", "-f", form, "-t", "none", "-c", str(count), "-d", str(work.depth),
         "-s", str(work.size), *options, "--json", image,
     )  # fmt: skip
     return read_bench(ended)

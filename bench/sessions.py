@@ -151,9 +151,11 @@ def requests(lab: Lab, cell: Cell) -> Iterator[Measure]:
         side = base_side(side)
         if side == FIO:
             return peers.fio_file(lab.raw("flat", disk), disk, work, count)
+        if work.layout == "raw":
+            return ours.bench(lab.raw("flat", disk), "raw", work, count, lab.seed)
         image = lab.fresh(side) if work.layout == "first" else lab.mapped(side, disk)
         if side == MMCOW:
-            return ours.bench(image, work, count, lab.seed)
+            return ours.bench(image, ours.FORMAT, work, count, lab.seed)
         return peers.bench(image, work, count, step)
 
     yield _calibrate(lab, cell, work, measure)

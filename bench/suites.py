@@ -63,6 +63,23 @@ def _mapped() -> Suite:
     )  # fmt: skip
 
 
+def _raw() -> Suite:
+    cells = tuple(
+        Cell(
+            f"4K {op}, QD 64",
+            Requests(op, 4 * KIB, 64, "raw"),
+            (MMCOW, FIO),
+            (Aim((FIO,), 0.95),),
+            quick=op == "write",
+        )
+        for op in OPS
+    )
+    return Suite(
+        "raw", "Random requests to a raw file, in process", cells,
+        note="How near `mmcow bench` comes to fio with no format between it and the disk.",
+    )  # fmt: skip
+
+
 def _first() -> Suite:
     cells = tuple(
         Cell(
@@ -274,6 +291,6 @@ def _noise() -> Suite:
 
 
 SUITES: tuple[Suite, ...] = (
-    _noise(), _mapped(), _first(), _flush(), _sequential(), _nbd(), _connections(), _nbd_raw(),
-    _copy(), _extents(), _life(), _jobs(), _start(),
+    _noise(), _mapped(), _raw(), _first(), _flush(), _sequential(), _nbd(), _connections(),
+    _nbd_raw(), _copy(), _extents(), _life(), _jobs(), _start(),
 )  # fmt: skip

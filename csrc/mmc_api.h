@@ -18,6 +18,10 @@
 #define MMC_BACKEND_URING 1
 #define MMC_BACKEND_POOL 2
 
+/* One thread uses the queue at a time: the kernel need not interrupt it for what has completed. With
+ * several it works as well, but what one has submitted may wait for its next system call. */
+#define MMC_QUEUE_ONE_THREAD 1
+
 #define MMC_READ 0      /* address, length */
 #define MMC_WRITE 1     /* address, length */
 #define MMC_READV 2     /* address: struct iovec[], length: how many */
@@ -51,7 +55,8 @@ struct mmc_done {
 
 struct mmc_queue;
 
-struct mmc_queue *mmc_queue_open(int backend, uint32_t depth, int *error);
+/* flags: MMC_QUEUE_ONE_THREAD or 0. */
+struct mmc_queue *mmc_queue_open(int backend, uint32_t depth, int flags, int *error);
 int mmc_queue_backend(struct mmc_queue *queue);
 /* A descriptor that polls readable while completions wait. */
 int mmc_queue_fd(struct mmc_queue *queue);

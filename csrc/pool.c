@@ -73,8 +73,7 @@ static int pool_submit(struct mmc_queue *queue, struct mmc_requests *fresh)
     return rc;
 }
 
-static uint32_t pool_reap(struct pool *pool, struct mmc_collect *into,
-                          struct mmc_requests *copies)
+static uint32_t pool_reap(struct pool *pool, struct mmc_collect *into, struct mmc_requests *copies)
 {
     eventfd_t drained;
     uint32_t n;
@@ -108,8 +107,8 @@ static int pool_collect(struct mmc_queue *queue, struct mmc_collect *into, int t
     return (int)into->count;
 }
 
-static int pool_turn(struct mmc_queue *queue, struct mmc_requests *fresh,
-                     struct mmc_collect *into, int timeout_ms)
+static int pool_turn(struct mmc_queue *queue, struct mmc_requests *fresh, struct mmc_collect *into,
+                     int timeout_ms)
 {
     int rc = pool_submit(queue, fresh);
 

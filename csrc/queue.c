@@ -177,16 +177,18 @@ static uint32_t clamp_depth(uint32_t depth)
     return depth < DEPTH_MAX ? depth : DEPTH_MAX;
 }
 
-struct mmc_queue *mmc_queue_open(int backend, uint32_t depth, int *error)
+struct mmc_queue *mmc_queue_open(int backend, uint32_t depth, int flags, int *error)
 {
-    struct mmc_queue *queue = calloc(1, sizeof(*queue));
+    const bool is_sound = (flags & ~MMC_QUEUE_ONE_THREAD) == 0;
+    struct mmc_queue *queue = is_sound ? calloc(1, sizeof(*queue)) : NULL;
 
     if (!queue) {
-        *error = -ENOMEM;
+        *error = is_sound ? -ENOMEM : -EINVAL;
         return NULL;
     }
     pthread_mutex_init(&queue->lock, NULL);
     queue->depth = clamp_depth(depth);
+    queue->has_one_thread = flags & MMC_QUEUE_ONE_THREAD;
     queue->process = mmc_process();
     *error = choose_backend(queue, backend);
     if (*error == 0)

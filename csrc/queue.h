@@ -47,6 +47,7 @@ struct mmc_queue {
     uint64_t outstanding;      /* taken and not yet collected */
     uint32_t depth;
     uint32_t process; /* mmc_process() of the owner */
+    bool has_one_thread;
     const struct mmc_backend *backend;
     void *state; /* the back end's */
 };

@@ -13,6 +13,7 @@ class _Lib:
     MMC_BACKEND_AUTO: int
     MMC_BACKEND_URING: int
     MMC_BACKEND_POOL: int
+    MMC_QUEUE_ONE_THREAD: int
     MMC_READ: int
     MMC_WRITE: int
     MMC_READV: int
@@ -43,7 +44,7 @@ class _Lib:
     MMC_REPLY_BUFFER: int
     MMC_REPLY_LEAK: int
 
-    def mmc_queue_open(self, backend: int, depth: int, error: Any, /) -> Any: ...
+    def mmc_queue_open(self, backend: int, depth: int, flags: int, error: Any, /) -> Any: ...
     def mmc_queue_backend(self, queue: Any, /) -> int: ...
     def mmc_queue_fd(self, queue: Any, /) -> int: ...
     def mmc_queue_turn(

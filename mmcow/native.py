@@ -123,7 +123,7 @@ def direct_alignment(fd: int) -> tuple[int, int] | None:
 def queue_backend(choice: str) -> str:
     """Which I/O queue this machine gives to who chooses ``choice`` of ``BACKENDS``."""
     error = ffi.new("int *")
-    pointer: Any = lib.mmc_queue_open(BACKENDS[choice], 1, error)
+    pointer: Any = lib.mmc_queue_open(BACKENDS[choice], 1, 0, error)
     check(error[0] if pointer == ffi.NULL else 0, f"start of the I/O queue ({choice})", "mmcow")
     try:
         return BACKEND_NAMES[lib.mmc_queue_backend(pointer)]

@@ -234,10 +234,14 @@ def _open(
     is_first: bool,
 ) -> list[Image]:
     """Once; for reading, once for each thread, so that each has a queue of its own."""
-    depth = load.depth * (load.threads if load.writes else 1)
-    host = LinuxHost(_QUEUES.get(arguments.aio), depth=max(depth, NativeQueue.DEPTH))
+    users = load.threads if load.writes else 1
+    host = LinuxHost(
+        _QUEUES.get(arguments.aio),
+        depth=max(load.depth * users, NativeQueue.DEPTH),
+        one_thread=users == 1,
+    )
     images: list[Image] = []
-    for _ in range(1 if load.writes else load.threads):
+    for _ in range(load.threads // users):
         images.append(
             stack.enter_context(
                 opened(

@@ -186,10 +186,18 @@ class NativeQueue:
     DEPTH = 256
     MOST_DONE = 256
 
-    def __init__(self, backend: str = "auto", *, hits: bool = True, depth: int = DEPTH) -> None:
+    def __init__(
+        self,
+        backend: str = "auto",
+        *,
+        hits: bool = True,
+        depth: int = DEPTH,
+        one_thread: bool = False,
+    ) -> None:
         self._hits = hits
         error = ffi.new("int *")
-        pointer = lib.mmc_queue_open(BACKENDS[backend], depth, error)
+        flags = lib.MMC_QUEUE_ONE_THREAD if one_thread else 0
+        pointer = lib.mmc_queue_open(BACKENDS[backend], depth, flags, error)
         if pointer == ffi.NULL:
             raise StorageError(-error[0], f"start of the I/O queue ({backend})", "mmcow")
         self._queue: Any = pointer
@@ -344,7 +352,9 @@ def _error_of(request: Any, number: int) -> StorageError:
 class LinuxHost(FileHost):
     """This machine. ``backend``: "auto", "io_uring" or "threads"; by default what the environment
     variable MMCOW_QUEUE says, else auto. ``hits`` False (MMCOW_HITS=off): C finishes no request by
-    itself. ``depth``: how many requests of an image are given to the kernel at once."""
+    itself. ``depth``: how many requests of an image are given to the kernel at once.
+    ``one_thread``: an image is used by one thread at a time, which need not be interrupted for what
+    has completed; another thread's requests might wait for its next system call."""
 
     def __init__(
         self,
@@ -352,8 +362,10 @@ class LinuxHost(FileHost):
         *,
         hits: bool | None = None,
         depth: int = NativeQueue.DEPTH,
+        one_thread: bool = False,
     ) -> None:
         self.depth = depth
+        self.one_thread = one_thread
         self.hits = os.environ.get("MMCOW_HITS", "on") != "off" if hits is None else hits
         self.backend = backend or os.environ.get("MMCOW_QUEUE", "auto")
         if self.backend not in BACKENDS:
@@ -448,7 +460,9 @@ class LinuxHost(FileHost):
         return view
 
     def queue(self) -> NativeQueue:
-        return NativeQueue(self.backend, hits=self.hits, depth=self.depth)
+        return NativeQueue(
+            self.backend, hits=self.hits, depth=self.depth, one_thread=self.one_thread
+        )
 
 
 def _fill(view: NativeView, handle: Handle, size: int) -> None:

@@ -36,7 +36,7 @@ static void set_up(struct rig *rig, int backend, const struct mmc_layer *layer)
     int error = 1;
 
     rig->fd = scratch_file(SIZE);
-    rig->queue = mmc_queue_open(backend, 16, &error);
+    rig->queue = mmc_queue_open(backend, 16, 0, &error);
     CHECK_EQUAL(error, 0);
     rig->path = mmc_path_open(rig->queue, &error);
     CHECK_EQUAL(error, 0);
@@ -430,7 +430,7 @@ int main(int argc, char **argv)
     /* The ring's memory is the kernel's: what it writes no sanitizer of threads sees. */
     if (argc > 2 && strcmp(argv[2], "pool") == 0)
         return 0;
-    queue = mmc_queue_open(MMC_BACKEND_URING, 1, &error);
+    queue = mmc_queue_open(MMC_BACKEND_URING, 1, 0, &error);
     mmc_queue_close(queue);
     if (error == 0)
         test_all(MMC_BACKEND_URING);

@@ -64,7 +64,7 @@ static void set_up(struct rig *rig, int backend, uint64_t size)
 {
     int error = 1;
 
-    rig->queue = mmc_queue_open(backend, 8, &error);
+    rig->queue = mmc_queue_open(backend, 8, 0, &error);
     CHECK_EQUAL(error, 0);
     rig->path = mmc_path_open(rig->queue, &error);
     CHECK_EQUAL(error, 0);

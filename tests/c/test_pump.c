@@ -71,7 +71,7 @@ static struct disk *open_disk(int backend, int has_bits)
 
     CHECK(disk);
     disk->fd = scratch_file(DISK);
-    disk->queue = mmc_queue_open(backend, 32, &error);
+    disk->queue = mmc_queue_open(backend, 32, 0, &error);
     CHECK_EQUAL(error, 0);
     if (has_bits)
         disk->view = mmc_view_memory(4096, 4096, 512, &error);
@@ -876,7 +876,7 @@ static void run_all(int backend)
 static int has_uring(void)
 {
     int error;
-    struct mmc_queue *queue = mmc_queue_open(MMC_BACKEND_URING, 1, &error);
+    struct mmc_queue *queue = mmc_queue_open(MMC_BACKEND_URING, 1, 0, &error);
 
     mmc_queue_close(queue);
     return queue != NULL;

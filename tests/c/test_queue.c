@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * The I/O queue, every test on both back ends.
+ * The I/O queue, every test on both back ends, and on io_uring for one thread, where what several
+ * threads do is right as well.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -14,10 +15,12 @@
 
 #include "test.h"
 
+static int flags; /* of every queue */
+
 static struct mmc_queue *open_queue(int backend, uint32_t depth)
 {
     int error = 1;
-    struct mmc_queue *queue = mmc_queue_open(backend, depth, &error);
+    struct mmc_queue *queue = mmc_queue_open(backend, depth, flags, &error);
 
     CHECK_EQUAL(error, 0);
     CHECK(queue);
@@ -689,9 +692,12 @@ static void test_open(void)
     struct mmc_queue *queue;
     int error = 0;
 
-    CHECK(!mmc_queue_open(7, 8, &error));
+    CHECK(!mmc_queue_open(7, 8, 0, &error));
     CHECK_EQUAL(error, -EINVAL);
-    queue = mmc_queue_open(MMC_BACKEND_AUTO, 0, &error); /* depth 0 is 1 */
+    error = 0;
+    CHECK(!mmc_queue_open(MMC_BACKEND_AUTO, 8, 2, &error));
+    CHECK_EQUAL(error, -EINVAL);
+    queue = mmc_queue_open(MMC_BACKEND_AUTO, 0, 0, &error); /* depth 0 is 1 */
     CHECK(queue);
     CHECK_EQUAL(run(queue, op_on(-1, MMC_NOP, 0, NULL, 0)), 0);
     mmc_queue_close(queue);
@@ -730,13 +736,16 @@ int main(int argc, char **argv)
     run_all(MMC_BACKEND_POOL);
     if (argc > 2 && strcmp(argv[2], "pool") == 0)
         return 0;
-    queue = mmc_queue_open(MMC_BACKEND_URING, 1, &error);
+    queue = mmc_queue_open(MMC_BACKEND_URING, 1, 0, &error);
     if (!queue) {
         printf("-- io_uring: left out, %s\n", strerror(-error));
         return 0;
     }
     mmc_queue_close(queue);
     printf("-- io_uring\n");
+    run_all(MMC_BACKEND_URING);
+    flags = MMC_QUEUE_ONE_THREAD;
+    printf("-- io_uring, one thread\n");
     run_all(MMC_BACKEND_URING);
     return 0;
 }

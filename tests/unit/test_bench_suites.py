@@ -68,6 +68,14 @@ def test_mapped_requests_are_measured_at_each_depth_against_qcow2_and_fio():
         assert aims(cell) == {(QCOW2,): 1.0, (FIO,): 0.95}
 
 
+def test_raw_requests_are_measured_at_depth_64_against_fio_alone():
+    cells = BY_NAME["raw"].cells
+    assert {(c.work.op, c.work.size, c.work.depth, c.work.layout) for c in cells} == {
+        (op, 4 * KIB, 64, "raw") for op in ("read", "write")
+    }
+    assert all(aims(cell) == {(FIO,): 0.95} for cell in cells)
+
+
 def test_first_writes_are_measured_against_the_better_qcow2():
     suite = BY_NAME["first"]
     assert {(c.work.size, c.work.depth) for c in suite.cells} == {

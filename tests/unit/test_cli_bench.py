@@ -17,7 +17,7 @@ import mmcow
 from mmcow.cli import chart, plot
 from mmcow.jobs import bench
 from mmcow.jobs.latency import Histogram
-from mmcow.storage.linux import LinuxHost
+from mmcow.storage.linux import LinuxHost, NativeQueue
 from tests.unit.test_cli import KIB, MIB, pair, run, template  # noqa: F401
 
 QUICK = ("-c", "400", "-d", "8")
@@ -284,6 +284,27 @@ def test_threads_and_every_size_are_accepted(capsys, raw):
 
 def test_queue_is_as_deep_as_the_load(capsys, raw):
     assert measured(capsys, "-c", "2000", "-d", "1000", "a.raw")["count"] == 2000
+
+
+@pytest.mark.parametrize(
+    ("options", "opened"),
+    [
+        (("-w",), [True]),
+        (("--threads", "2"), [True, True]),  # a queue for each
+        (("--threads", "2", "-w"), [False]),  # one image, one queue: they wait for each other's
+    ],
+)
+def test_queue_of_one_thread_is_known_as_such(capsys, raw, monkeypatch, options, opened):
+    queues = []
+
+    class Spy(NativeQueue):
+        def __init__(self, *arguments, one_thread, **rest):
+            queues.append(one_thread)
+            super().__init__(*arguments, one_thread=one_thread, **rest)
+
+    monkeypatch.setattr("mmcow.storage.linux.NativeQueue", Spy)
+    assert measured(capsys, *QUICK, *options, "a.raw")["count"] == 400
+    assert queues == opened
 
 
 # ---- text and pictures ----

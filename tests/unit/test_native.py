@@ -38,7 +38,7 @@ class Queue:
 
     def __init__(self, backend, depth=8):
         error = ffi.new("int *")
-        self.pointer = lib.mmc_queue_open(backend, depth, error)
+        self.pointer = lib.mmc_queue_open(backend, depth, 0, error)
         if self.pointer == ffi.NULL:
             raise StorageError(-error[0], "open", "queue")
 
