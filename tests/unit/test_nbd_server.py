@@ -262,29 +262,17 @@ class TestLimits:
             serving(disk, tmp_path / "s", hits=False) as served,
             connect(served.path) as client,
         ):
-            held = []
-
-            def never(_offset, buffers):
-                completion = Completion()
-                held.append((completion, buffers))
-                return completion
-
-            served.engine().top.data.read = never
+            reads = HeldReads(served)
             client.sent = {n: nbd.Sent(nbd.READ, 0, 0, length) for n in range(300)}
             client.send(b"".join(nbd.request(nbd.READ, n, 0, length) for n in range(300)))
             time.sleep(0.3)
             most = min(connection.REQUESTS_MOST, connection.BYTES_MOST // length)
-            begun = len(held)
+            begun = len(reads.held)
             one = served.run(lambda: next(iter(served.server.connections)))
             memory_used = one.memory, served.server.memory.used
-
-            def answer():
-                while held:
-                    held.pop()[0].set(length)
-
             for _ in range(300):
                 while not client_has_data(client):
-                    served.run(answer)
+                    reads.let_go()
                 assert client.next_reply()[1].data == bytes(length)
         assert begun == most
         assert memory_used == (most * length, most * length)
@@ -385,24 +373,15 @@ class TestClose:
     def test_a_request_that_comes_meanwhile_is_told(self, tmp_path, image, structured):
         """What was begun is finished; what comes later, and the rest of a payload, is refused."""
         served = Serving({"": image}, tmp_path / "s", hits=False)
-        engine = served.engine()
-        held = []
-
-        def slow(_offset, buffers):
-            completion = Completion()
-            held.append((completion, len(buffers[0])))
-            return completion
-
-        engine.top.data.read = slow
+        reads = HeldReads(served)
         with connect(served.path, structured=structured) as client:
             first = client.start(nbd.READ, 0, 512)
             client.sent[7] = nbd.Sent(nbd.WRITE, 0, 4096, 4096)
             client.send(nbd.request(nbd.WRITE, 7, 4096, 4096) + b"w" * 1000)
-            while not held or served.server.memory.used < 4096 + 512:
+            reads.wait()
+            while served.server.memory.used < 4096 + 512:
                 time.sleep(0.01)
-            served.loop.call_soon_threadsafe(served._end.set)
-            while not served.server._closed:
-                time.sleep(0.01)
+            begin_to_end(served)
             client.send(b"w" * 3096)
             for command in (nbd.WRITE, nbd.FLUSH, nbd.READ):
                 data = b"x" * 4096 if command == nbd.WRITE else b""
@@ -410,8 +389,7 @@ class TestClose:
             answers = [client.next_reply() for _ in range(4)]
             assert [reply.error for _, reply in answers] == [108] * 4
             assert answers[0][0] == 7
-            served.loop.call_soon_threadsafe(lambda: held[0][0].set(held[0][1]))
-            served.loop.call_soon_threadsafe(engine.reactor.poll)
+            reads.let_go()
             cookie, reply = client.next_reply()
             assert (cookie, reply.error) == (first, 0)
             assert client.at_end()
@@ -424,34 +402,22 @@ class TestClose:
         let go at once."""
         monkeypatch.setattr(server, "PARTING_SECONDS", 60.0)  # longer than a client waits
         served = Serving({"": image}, tmp_path / "s", hits=False)
-        engine = served.engine()
-        held = []
-
-        def slow(_offset, buffers):
-            completion = Completion()
-            held.append((completion, len(buffers[0])))
-            return completion
-
-        engine.top.data.read = slow
+        reads = HeldReads(served)
         silent, early = Client(served.path, greet=False), Client(served.path)
         go = struct.pack(">8sII", nbd.IHAVEOPT, nbd.GO, 6)
         with connect(served.path) as client, Client(served.path) as halfway:
             client.start(nbd.READ, 0, 512)
             halfway.send(go)
             early.negotiate_structured()
-            while not held:
-                time.sleep(0.01)
-            served.loop.call_soon_threadsafe(served._end.set)
-            while not served.server._closed:
-                time.sleep(0.01)
+            reads.wait()
+            begin_to_end(served)
             halfway.send(bytes(6))
             assert halfway.receive_option_reply(nbd.GO)[0] == nbd.ERR_SHUTDOWN
             ((kind, text),) = early.option(nbd.LIST)
             assert (kind, text) == (nbd.ERR_SHUTDOWN, b"the server is stopping")
             assert early.option(nbd.ABORT) == [(nbd.ACK, b"")]
             assert early.at_end()
-            served.loop.call_soon_threadsafe(lambda: held[0][0].set(held[0][1]))
-            served.loop.call_soon_threadsafe(engine.reactor.poll)
+            reads.let_go()
             assert not client.next_reply()[1].error
             assert client.at_end()
             assert halfway.at_end()  # who does not take the hint
@@ -483,28 +449,16 @@ class TestClose:
         """While the last requests are finished."""
         monkeypatch.setattr(server, "PARTING_SECONDS", 20.0)
         served = Serving({"": image}, tmp_path / "s", hits=False)
-        engine = served.engine()
-        held = []
-
-        def slow(_offset, buffers):
-            completion = Completion()
-            held.append((completion, len(buffers[0])))
-            return completion
-
-        engine.top.data.read = slow
+        reads = HeldReads(served)
         with connect(served.path) as client, Client(served.path) as deaf:
             assert deaf.option(nbd.LIST)
             client.start(nbd.READ, 0, 512)
-            while not held:
-                time.sleep(0.01)
-            served.loop.call_soon_threadsafe(served._end.set)
-            while not served.server._closed:
-                time.sleep(0.01)
+            reads.wait()
+            begin_to_end(served)
             with pytest.raises(ConnectionError):  # it is left
                 fill_with_answers(served, deaf)
             began = time.monotonic()
-            served.loop.call_soon_threadsafe(lambda: held[0][0].set(held[0][1]))
-            served.loop.call_soon_threadsafe(engine.reactor.poll)
+            reads.let_go()
             assert not client.next_reply()[1].error
             assert client.at_end()
             served.end()
@@ -560,6 +514,43 @@ class TestClose:
         with connect(path) as client:
             client.write(0, b"z")
             client.disconnect()
+
+
+class HeldReads:
+    """The reads of a server's disk, none of which ends before it is let go. They leave the buffers
+    as they are."""
+
+    def __init__(self, served):
+        self.held = []
+        self._served = served
+        served.engine().top.data.read = self._begin
+
+    def _begin(self, _offset, buffers):
+        completion = Completion()
+        self.held.append((completion, len(buffers[0])))
+        return completion
+
+    def wait(self):
+        """Until there is one."""
+        while not self.held:
+            time.sleep(0.01)
+
+    def let_go(self):
+        """End those that there are."""
+        self._served.run(self._end)
+
+    def _end(self):
+        while self.held:
+            completion, length = self.held.pop()
+            completion.set(length)
+        self._served.engine().reactor.poll()
+
+
+def begin_to_end(served):
+    """Return when the server has begun to close."""
+    served.loop.call_soon_threadsafe(served._end.set)
+    while not served.server._closed:
+        time.sleep(0.01)
 
 
 def client_has_data(client):
