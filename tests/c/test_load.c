@@ -196,6 +196,34 @@ static void test_requests(int backend, int is_random, uint32_t read_percent)
     tear_down(&rig);
 }
 
+static uint64_t clock_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
+}
+
+/* One after the other, none is on its way in the time of another: together they take no longer than
+ * all of it. */
+static void test_times_of_one_at_a_time(int backend)
+{
+    const struct mmc_layer layer = layer_on(0);
+    struct mmc_load_plan plan = plan_of(1000);
+    struct mmc_load *load;
+    struct rig rig;
+    uint64_t began;
+
+    plan.depth = 1;
+    set_up(&rig, backend, &layer);
+    load = open_load(&rig, &plan);
+    began = clock_ns();
+    CHECK_EQUAL(run(load), MMC_LOAD_OVER);
+    CHECK(mmc_load_times(load, MMC_WRITE)->total <= clock_ns() - began);
+    mmc_load_close(load);
+    tear_down(&rig);
+}
+
 /* Without a table everything is a miss, and the caller is asked for each exactly once. */
 static void test_misses(int backend)
 {
@@ -410,6 +438,7 @@ static void test_all(int backend)
     RUN(test_requests(backend, 1, 70));
     RUN(test_requests(backend, 0, 0));
     RUN(test_requests(backend, 0, 30));
+    RUN(test_times_of_one_at_a_time(backend));
     RUN(test_misses(backend));
     RUN(test_flushes(backend, 1));
     RUN(test_flushes(backend, 0));
