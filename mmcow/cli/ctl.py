@@ -56,7 +56,10 @@ def configure_ctl(parser: Parser) -> None:
     )
     parser.add_argument("--data-file", metavar="NAME", help="snapshot: data file of the new layer")
     parser.add_argument(
-        "--rate", metavar="SIZE", type=size_argument("rate"), help="stream: bytes a second, at most"
+        "--rate",
+        metavar="SIZE",
+        type=size_argument("rate"),
+        help="stream: bytes a second, at most; also of one that runs already",
     )
     parser.add_argument("--wait", action="store_true", help="stream: wait for the end of it")
     add_progress(parser, short=False)
@@ -209,10 +212,11 @@ def _export(server: _Server, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _only_waits(arguments: argparse.Namespace, server: _Server) -> bool:
-    """Whether ``stream --wait`` meets a stream that somebody has started already."""
+    """Whether ``stream --wait`` meets a stream that somebody has started already. With a rate the
+    server is asked all the same: it gives the stream that rate."""
     if arguments.command != "stream" or not arguments.wait:
         return False
-    if arguments.argument is not None or arguments.rate is not None:
+    if arguments.argument not in (None, "start") or arguments.rate is not None:
         return False
     stream = _export(server, arguments)["stream"]
     return stream is not None and stream["state"] in ("running", "paused")

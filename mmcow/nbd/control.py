@@ -143,16 +143,24 @@ class Control:
         return {}
 
     async def _stream(self, arguments: Arguments) -> Any:
-        """``action``: start (default), pause, resume, cancel; ``rate`` in bytes a second."""
+        """``action``: start (default), pause, resume, cancel; ``rate`` in bytes a second. A start
+        with a rate changes that of a stream that runs already."""
         export = self._export(arguments)
         action = arguments.get("action", "start")
         rate = _number(arguments, "rate")
-        if action == "start":
-            return live.start_stream(self._server, export, rate or 0).status()
         stream = export.stream
         if stream is None or not stream.active:
-            raise UsageError(f"export {export.name!r}: no stream is running")
-        if action == "pause":
+            if action != "start":
+                raise UsageError(f"export {export.name!r}: no stream is running")
+            return live.start_stream(self._server, export, rate or 0).status()
+        if action == "start":
+            if rate is None:
+                raise UsageError(
+                    f"export {export.name!r}: a stream is {stream.state} already; given a rate, "
+                    "this changes its own"
+                )
+            stream.set_rate(rate)
+        elif action == "pause":
             stream.pause()
         elif action == "resume":
             stream.resume(rate)

@@ -43,10 +43,11 @@ class Stream:
         self.state = "running"
         self.error: str | None = None
         self.rate = rate  # bytes a second, 0: as fast as guests leave room
-        self.done = 0  # bytes of the disk that are surely in the top layer
         self.moved = 0  # bytes copied as data
         self.total = image.size
         self._export = export
+        self._top = image.engine.top  # the layer that it fills
+        self._filled = 0
         self._failure: Exception | None = None
         self._task: asyncio.Task[None] | None = None
         self._may_run = asyncio.Event()
@@ -58,6 +59,13 @@ class Stream:
     def active(self) -> bool:
         """Whether it will do more by itself or when resumed."""
         return self.state in ("running", "paused")
+
+    @property
+    def done(self) -> int:
+        """Bytes of the disk that are surely in the top layer: none after a snapshot, which puts
+        an empty one there. Of a stream that has ended: those that were when it did."""
+        overtaken = self.active and self._export.image.engine.top is not self._top
+        return 0 if overtaken else self._filled
 
     def status(self) -> dict[str, Any]:
         """For people and tools, JSON-ready."""
@@ -76,11 +84,15 @@ class Stream:
             self.state = "paused"
             self._may_run.clear()
 
+    def set_rate(self, rate: int) -> None:
+        """From now on at most ``rate`` bytes a second (0: no limit). A paused one stays paused."""
+        self.rate = rate
+        self._asked.set()
+
     def resume(self, rate: int | None = None) -> None:
-        """Go on, at another rate (bytes a second, 0: none) if given."""
+        """Go on, at another rate (bytes a second, 0: no limit) if given."""
         if rate is not None:
-            self.rate = rate
-            self._asked.set()
+            self.set_rate(rate)
         if self.state == "paused":
             self.state = "running"
             self._may_run.set()
@@ -114,10 +126,11 @@ class Stream:
         try:
             await self._pull_all()
         except asyncio.CancelledError:
-            self.state = "cancelled"
+            self._end("cancelled")
             raise
         except Exception as error:  # noqa: BLE001 - told to whoever asks, never lost
-            self.state, self.error, self._failure = "failed", str(error), error
+            self._end("failed")
+            self.error, self._failure = str(error), error
             if not isinstance(error, MmcowError):
                 self._failure = JobError(f"{self._export.image.path}: stream: {error!r}")
                 self._failure.__cause__ = error
@@ -125,16 +138,19 @@ class Stream:
         else:
             log.info("export %r: stream %s, %d bytes copied", name, self.state, self.moved)
 
+    def _end(self, state: str) -> None:
+        self._filled, self.state = self.done, state
+
     async def _pull_all(self) -> None:
         """Copy everything, then let go of the base."""
         image = self._export.image
         top = image.engine.top
         while not (await self._pull(top) and await self._let_go(top)):
             if self._cancelled:
-                self.state = "cancelled"
+                self._end("cancelled")
                 return
             top = image.engine.top
-        self.done = self.total
+        self._filled = self.total
         self.state = "completed"
 
     async def _pull(self, top: Driver) -> bool:
@@ -144,6 +160,8 @@ class Stream:
         loop = asyncio.get_running_loop()
         flushed = loop.time()
         self.total = image.size
+        if top is not self._top:
+            self._top, self._filled = top, 0
         piece: tuple[int, float, float] | None = None
         for offset, length in missing(image.image):
             if piece is not None:  # the last one needs no rest behind it
@@ -159,7 +177,7 @@ class Stream:
                 )
             )
             self.moved += moved
-            self.done = min(offset + length, self.total)
+            self._filled = min(offset + length, self.total)
             took = loop.time() - began
             busy = self._export.counters.requests != served
             piece = moved, began, took if busy else 0.0

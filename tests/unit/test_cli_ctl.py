@@ -94,6 +94,22 @@ def test_p_is_for_people_as_everywhere(capsys, control):
     )
 
 
+def test_a_rate_is_that_of_the_stream_that_runs_and_the_wait_is_for_it(capsys, control):
+    run(capsys, "ctl", control, "stream", "--rate", "1")  # for days
+    err = run(capsys, "ctl", control, "stream", status=1).err
+    assert "a stream is running already; given a rate, this changes its own" in err
+    assert run(capsys, "ctl", control, "stream", "--rate", "2").out.startswith("stream running: ")
+    out = run(capsys, "ctl", control, "stream", "start", "--rate", "16M", "--wait").out
+    assert out == "stream completed: 100.0 % of 8 MiB (8388608 bytes)\n"
+
+
+@pytest.mark.parametrize("words", [["stream"], ["stream", "start"]])
+def test_waiting_for_a_stream_that_runs(capsys, control, words):
+    run(capsys, "ctl", control, "stream", "--rate", "16M")
+    out = run(capsys, "ctl", control, *words, "--wait").out
+    assert out.startswith("stream completed: ")
+
+
 def test_ending_the_wait_leaves_the_stream_and_the_line(capsys, control, monkeypatch):
     shown = Terminal()
     monkeypatch.setattr(sys, "stderr", shown)

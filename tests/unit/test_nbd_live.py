@@ -183,6 +183,37 @@ def test_stream_pauses_resumes_and_is_cancelled(controlled):
         controlled.execute("stream")
 
 
+def test_start_with_a_rate_changes_that_of_the_stream_that_runs(controlled):
+    controlled.execute("stream", rate=1)  # one piece, then twelve days of rest
+    controlled.wait_for_moved()
+    with pytest.raises(RuntimeError, match="a stream is running already; given a rate"):
+        controlled.execute("stream")
+    assert controlled.export()["stream"]["rate"] == 1
+    assert controlled.execute("stream", action="pause")["state"] == "paused"
+    changed = controlled.execute("stream", action="start", rate=2)
+    assert (changed["state"], changed["rate"]) == ("paused", 2)
+    controlled.execute("stream", action="resume")
+    assert controlled.execute("stream", rate=0)["rate"] == 0
+    controlled.wait_for_stream("completed")
+    with pytest.raises(RuntimeError, match="no base"):
+        controlled.execute("stream", rate=1)
+
+
+@pytest.mark.parametrize("action", ["resume", "cancel"])
+def test_stream_after_a_snapshot_has_done_nothing_of_the_new_layer(controlled, action):
+    controlled.execute("stream", rate=1)
+    controlled.wait_for_moved()
+    assert controlled.execute("stream", action="pause")["done"] == MIB
+    controlled.execute("snapshot", name="s")
+    assert controlled.export()["stream"]["done"] == 0
+    assert controlled.execute("stream", action=action)["done"] == 0
+    if action == "cancel":
+        assert controlled.wait_for_stream("cancelled")["done"] == 0
+    else:
+        controlled.execute("stream", rate=0)
+        assert controlled.wait_for_stream("completed")["done"] == SIZE
+
+
 def test_stream_that_rests_for_long_hears_commands(controlled):
     controlled.execute("stream", rate=1)  # one piece, then twelve days of rest
     controlled.wait_for_moved()
