@@ -9,7 +9,8 @@ Bounds, so that no client can exhaust the server: a request is begun only while 
 ``REQUESTS_MOST`` are in flight, and only where its buffer finds room beside what this client
 (``BYTES_MOST``) and all of them (``memory``) hold; a buffer counts until its reply has left.
 Otherwise the client is not read from, as when it does not read its replies. One that does not
-finish the negotiation in ``HANDSHAKE_SECONDS`` is dropped.
+finish the negotiation in ``HANDSHAKE_SECONDS``, or sends too many options in it
+(``handshake.OPTIONS_MOST``), is dropped.
 
 Replies that become ready together leave together, in one send.
 """

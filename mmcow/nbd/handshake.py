@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from mmcow.nbd.export import Export
 
 _CONTEXTS = (wire.BASE_ALLOCATION, wire.ALLOCATION_DEPTH)
+# Options of one client, beside those that ask about each export (qemu-nbd --list: two of each, in
+# one connection). Ordinary clients send less than ten; without it one that only asks and asks costs
+# the loop its time until the negotiation's has run out, and as often as it connects.
+OPTIONS_MOST = 1024
+OPTIONS_OF_EXPORT = 8
 # Options that are refused while the server stops, until the client is left: more than any needs to
 # take the hint. Without it a crowd that asks on and on keeps the loop from coming to the end.
 REFUSALS_MOST = 32
@@ -51,6 +56,7 @@ class Handshake:
         self._greeted = False
         self._refuses = False
         self._refusals = 0
+        self._options_left = OPTIONS_MOST + OPTIONS_OF_EXPORT * len(exports)
         self._in = bytearray()
         self._out = bytearray(wire.greeting())
 
@@ -88,10 +94,17 @@ class Handshake:
                 return Step.MORE
             body = bytes(self._in[wire.OPTION.size : wire.OPTION.size + length])
             del self._in[: wire.OPTION.size + length]
+            self._count_option()
             step = self._option(option, body)
             if step is not Step.MORE:
                 return step
         return Step.MORE
+
+    def _count_option(self) -> None:
+        if not self._options_left:
+            most = OPTIONS_MOST + OPTIONS_OF_EXPORT * len(self._exports)
+            raise wire.ProtocolError(f"more than {most} options")
+        self._options_left -= 1
 
     def _take_client_flags(self) -> bool:
         if len(self._in) < wire.CLIENT_FLAGS.size:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import re
 import struct
 
 import pytest
@@ -11,7 +12,13 @@ import pytest
 from mmcow.errors import UsageError
 from mmcow.nbd import connection
 from mmcow.nbd import protocol as wire
-from mmcow.nbd.handshake import REFUSALS_MOST, Handshake, Step
+from mmcow.nbd.handshake import (
+    OPTIONS_MOST,
+    OPTIONS_OF_EXPORT,
+    REFUSALS_MOST,
+    Handshake,
+    Step,
+)
 from tests.unit import nbd_client as nbd
 from tests.unit.nbd_client import Client
 from tests.unit.nbd_serving import MIB, make_raw, serving
@@ -366,6 +373,26 @@ class TestStopping:
         handshake.refuse()
         assert handshake.feed(self.option(nbd.EXPORT_NAME)) is Step.CLOSE
         assert handshake.take_output() == b""
+
+
+def test_as_many_options_as_any_client_needs(several, caplog):
+    """Who sends one more is dropped, and the log says why."""
+    most = OPTIONS_MOST + 2 * OPTIONS_OF_EXPORT
+    with Client(several) as patient, Client(several) as endless:
+        for client in (patient, endless):
+            for _ in range(most - 2):
+                assert client.option(nbd.STARTTLS)[0][0] == nbd.ERR_POLICY
+        patient.negotiate_structured()
+        patient.go("one")
+        assert patient.read(0, 512) == bytes(512)
+        for _ in range(2):
+            assert endless.option(nbd.LIST)[-1] == (nbd.ACK, b"")
+        assert not caplog.records
+        endless.send_option(nbd.GO, nbd.string("one") + bytes(2))
+        assert endless.at_end()
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == 1
+    assert re.fullmatch(rf"client dropped \(pid \d+, uid \d+\): more than {most} options", lines[0])
 
 
 def test_a_negotiation_that_does_not_end(path, monkeypatch):
