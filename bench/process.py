@@ -77,9 +77,14 @@ def seconds_of(command: Sequence[str]) -> float:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT) as process:
         watchdog = threading.Timer(SECONDS_MOST, process.kill)
         watchdog.start()
-        status = process.wait()
-        seconds = time.perf_counter() - start
-        watchdog.cancel()
+        try:
+            status = process.wait()
+            seconds = time.perf_counter() - start
+        except BaseException:  # Ctrl-C, or a cell's time is up: neither waits for the program
+            process.kill()
+            raise
+        finally:
+            watchdog.cancel()
     if status:
         raise Failed(f"{shown(command)}: status {status}")
     return seconds

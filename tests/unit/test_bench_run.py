@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from xml.etree import ElementTree as ET
 
 import pytest
 
 import mmcow
-from bench import ours, peers, plots, report, runner
+from bench import ours, peers, plots, process, report, runner
 from bench.common import save
 from bench.lab import Lab, Scale, Skipped
 from bench.model import KIB, MIB, MMCOW, QCOW2, QCOW2_EL2, Aim, Cell, Requests, Sample, Start, Suite
@@ -94,6 +95,31 @@ def test_a_cell_that_takes_too_long_ends(run, monkeypatch):
     result = run(CELL, lambda _side: time.sleep(30))
     assert result["failed"] == "not done after 0 s"
     assert time.monotonic() - begin < 10
+
+
+def test_a_short_program_is_ended_with_whoever_waits_for_it(monkeypatch):
+    """Neither it nor the thread that watches over it outlives an interrupt."""
+    killed = []
+
+    class Program(nullcontext):
+        def wait(self):
+            raise KeyboardInterrupt
+
+        def kill(self):
+            killed.append(self)
+
+        def __enter__(self):
+            return self
+
+    monkeypatch.setattr(process.subprocess, "Popen", lambda *_, **__: Program())
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        process.seconds_of(["sleep", "1000"])
+    assert len(killed) == 1
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.join(10)
+    assert threading.active_count() == before
 
 
 def test_a_missing_program_skips_the_cell(monkeypatch):
