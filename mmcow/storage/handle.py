@@ -8,6 +8,7 @@ Never: decides anything (``storage.host`` says what each method means).
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat as stat_bits
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from mmcow.storage.host import Buffer
 
-_BLKROGET = 0x125E  # linux/fs.h
+_BLKROGET = 0x125E  # linux/fs.h; on a few machines (POWER, MIPS) it is another number
 _KINDS = {stat_bits.S_IFREG: "file", stat_bits.S_IFBLK: "block", stat_bits.S_IFDIR: "directory"}
 
 
@@ -224,10 +225,11 @@ class FileHost:
 
 def _refuse_read_only(path: str, descriptor: int) -> None:
     """The kernel opens a read-only device for writing, and refuses the writes (BLKROGET)."""
-    import fcntl  # noqa: PLC0415 - for block devices only
-
     flag = bytearray(4)
-    fcntl.ioctl(descriptor, _BLKROGET, flag)
+    try:
+        fcntl.ioctl(descriptor, _BLKROGET, flag)
+    except OSError:
+        return  # not to be known: the writes will tell
     if any(flag):
         raise StorageError(errno.EACCES, "open for writing (the device is read-only)", path)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import os
 import weakref
@@ -12,6 +13,7 @@ import pytest
 
 from mmcow import StorageError, SyncFailed, UsageError
 from mmcow.native import aligned
+from mmcow.storage import handle as handles
 from mmcow.storage import linux
 from mmcow.storage.host import FALLOCATE_PUNCH, Identity
 from mmcow.storage.linux import LinuxHost
@@ -127,6 +129,12 @@ def test_create_refuses_a_taken_name(host, path):
     with pytest.raises(StorageError) as caught:
         host.create(str(path))
     assert caught.value.errno == errno.EEXIST
+
+
+def test_a_device_that_does_not_say_whether_it_is_read_only_is_no_error(handle, path):
+    handles._refuse_read_only(str(path), handle.descriptor)  # ENOTTY: it is a regular file
+    with pytest.raises(OSError, match="Inappropriate ioctl"):
+        fcntl.ioctl(handle.descriptor, handles._BLKROGET, bytearray(4))
 
 
 def test_requests_through_the_queue(queue, handle, path):
