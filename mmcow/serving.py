@@ -21,19 +21,20 @@ import math
 import os
 import ssl
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from socket import socket as Socket  # noqa: N812 - serve has an argument of that name
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
 from mmcow import aio
 from mmcow.errors import ClosedError, UsageError
 from mmcow.image import Image
 from mmcow.nbd import live
+from mmcow.nbd.arguments import file_name, same_path, whole_number
 from mmcow.nbd.control import Control
 from mmcow.nbd.server import CONNECTIONS_MOST, Server, tls_context
 from mmcow.nbd.status import activity_of, status_of
 
 if TYPE_CHECKING:
-    from socket import socket as Socket  # noqa: N812 - serve has an argument of that name
     from types import TracebackType
 
     from mmcow.formats.opening import Policy
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
 Path: TypeAlias = str | os.PathLike[str]
 Disk: TypeAlias = Path | Image | aio.Image
+
+_DISK = (str, os.PathLike, Image, aio.Image)
+_DIGITS_MOST = 100  # of a port; Python refuses to read 5000 of them in words of its own
 
 
 def serve(
@@ -86,12 +90,12 @@ def serve(
         ) from None
     if socket is None and bind is None and not sockets:
         raise UsageError("mmcow.serve: say where to listen: socket=, bind= or sockets=")
-    if max_connections < 1:
-        raise UsageError(f"max_connections {max_connections}: must be at least 1")
-    if exit_when_idle is not None and not (0 <= exit_when_idle < math.inf):
-        raise UsageError(f"exit_when_idle {exit_when_idle}: must be a number of seconds, 0 or more")
-    if tls_verify_peer and (tls is None or isinstance(tls, ssl.SSLContext)):
-        raise UsageError("tls_verify_peer goes with tls=DIRECTORY; a context says it by itself")
+    socket_path = None if socket is None else file_name("socket", socket)
+    control_path = None if control is None else file_name("control", control)
+    if socket_path and control_path and same_path(socket_path, control_path):
+        raise UsageError(
+            f"socket and control are both {control_path}: each needs a name of its own"
+        )
     opening = {
         "format": format,
         "backing_format": backing_format,
@@ -104,15 +108,13 @@ def serve(
             disks=_named(disks),
             opening=opening,
             read_only=read_only,
-            socket=None if socket is None else os.fsdecode(socket),
+            socket=socket_path,
             bind=None if bind is None else _host_port(bind),
-            sockets=tuple(sockets),
-            control=None if control is None else os.fsdecode(control),
-            tls=tls_context(tls, verify_peer=tls_verify_peer)
-            if isinstance(tls, str | os.PathLike)
-            else tls,
-            max_connections=max_connections,
-            exit_when_idle=exit_when_idle,
+            sockets=_sockets(sockets),
+            control=control_path,
+            tls=_tls(tls, verify_peer=tls_verify_peer),
+            max_connections=whole_number("max_connections", max_connections, "clients", least=1),
+            exit_when_idle=_idle_seconds(exit_when_idle),
         )
     )
 
@@ -293,8 +295,6 @@ class Serving:
         Returns at once. The result has ``pause``, ``resume``, ``cancel`` and ``status``; ``await``
         it, or its ``wait()``, for the end: Cancelled where it was stopped.
         """
-        if rate < 0:
-            raise UsageError(f"rate {rate}: must be bytes a second")
         return live.start_stream(self._running(), self._export(export), rate)
 
     async def snapshot(
@@ -303,7 +303,9 @@ class Serving:
         """Freeze the running layer as ``as_``, a free name in its directory; the disk goes on in a
         new layer under the name it had. Requests wait meanwhile, none is lost. Returns the frozen
         layer's path. ``data_file``: the new layer's, by default the first free IMAGE.N.raw."""
-        return await live.snapshot(self._export(export), as_, data_file)
+        name = file_name("as_", as_)
+        data_name = None if data_file is None else file_name("data_file", data_file)
+        return await live.snapshot(self._export(export), name, data_name)
 
     async def resize(self, size: int, *, export: str | None = None) -> int:
         """Make the disk larger: ``size`` bytes, rounded up to 512. Returns its size, which clients
@@ -340,17 +342,51 @@ async def _close(disk: Image | aio.Image) -> None:
         await asyncio.to_thread(disk.close)
 
 
+def _sockets(given: Any) -> tuple[Socket, ...]:
+    if not isinstance(given, Sequence):
+        raise UsageError(f"sockets {given!r}: must be a list of sockets")
+    for one in given:
+        if not isinstance(one, Socket):
+            raise UsageError(f"sockets: {one!r}: must be a socket")
+    return tuple(given)
+
+
+def _tls(given: Any, *, verify_peer: bool) -> ssl.SSLContext | None:
+    if given is None or isinstance(given, ssl.SSLContext):
+        if verify_peer:
+            raise UsageError("tls_verify_peer goes with tls=DIRECTORY; a context says it by itself")
+        return given
+    if not isinstance(given, str | os.PathLike):
+        raise UsageError(f"tls {given!r}: must be a directory's path or an ssl.SSLContext")
+    return tls_context(file_name("tls", given), verify_peer=verify_peer)
+
+
+def _idle_seconds(given: Any) -> float | None:
+    if given is None:
+        return None
+    seconds = math.nan
+    if not isinstance(given, bool | str):
+        with suppress(TypeError, ValueError, OverflowError):
+            seconds = float(given)
+    if not 0 <= seconds < math.inf:
+        raise UsageError(f"exit_when_idle {given!r}: must be a number of seconds, 0 or more")
+    return seconds
+
+
 def _named(disks: Disk | Sequence[Disk] | Mapping[str, Disk]) -> dict[str, Disk]:
     """Disks by their export names."""
     if isinstance(disks, Mapping):
         named = dict(disks)
-    elif isinstance(disks, str | os.PathLike | Image | aio.Image):
+    elif isinstance(disks, _DISK):
         named = {"": disks}
+    elif not isinstance(disks, Sequence):
+        raise UsageError(f"disks {disks!r}: must be a path, an image, a list or a mapping of them")
     elif len(disks) == 1:
         named = {"": disks[0]}
     else:
         named = {}
         for disk in disks:
+            _check_disk(disk)
             path = disk.path if isinstance(disk, Image | aio.Image) else os.fsdecode(disk)
             name = os.path.basename(path)
             if name in named:
@@ -358,14 +394,33 @@ def _named(disks: Disk | Sequence[Disk] | Mapping[str, Disk]) -> dict[str, Disk]
             named[name] = disk
     if not named:
         raise UsageError("nothing to serve")
+    for name, disk in named.items():
+        if not isinstance(name, str):
+            raise UsageError(f"disks: export name {name!r}: must be a string")
+        _check_disk(disk)
     return named
 
 
-def _host_port(bind: str | tuple[str, int]) -> tuple[str, int]:
+def _check_disk(disk: Any) -> None:
+    if not isinstance(disk, _DISK):
+        raise UsageError(f"disks: {disk!r}: must be a path or an open image")
+    if isinstance(disk, str | os.PathLike):
+        file_name("disks:", disk)
+
+
+def _host_port(bind: Any) -> tuple[str, int]:
     """Where to bind; a host in brackets is an IPv6 address, an empty one is this machine."""
     if isinstance(bind, str):
         host, colon, port = bind.rpartition(":")
-        if not colon or not (port.isascii() and port.isdigit()):
+        if not colon or not (port.isascii() and port.isdigit() and len(port) <= _DIGITS_MOST):
             raise UsageError(f"bind {bind!r}: must be HOST:PORT")
         return host.strip("[]") or "localhost", int(port)
-    return bind
+    if not (
+        isinstance(bind, tuple)
+        and len(bind) == 2
+        and isinstance(bind[0], str)
+        and isinstance(bind[1], int)
+        and not isinstance(bind[1], bool)
+    ):
+        raise UsageError(f"bind {bind!r}: must be 'HOST:PORT' or (host, port)")
+    return bind[0], bind[1]

@@ -25,6 +25,7 @@ from mmcow.cli.images import warn
 from mmcow.cli.options import Parser, add_backing_format, add_cache, add_format, add_quiet
 from mmcow.cli.sizes import io_size
 from mmcow.errors import StorageError, UsageError
+from mmcow.nbd.arguments import same_path
 from mmcow.nbd.pump import run
 from mmcow.nbd.server import CONNECTIONS_MOST
 from mmcow.serving import serve
@@ -106,6 +107,11 @@ def run_serve(arguments: argparse.Namespace, ui: Ui) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     if not (arguments.socket or arguments.bind or arguments.command or _given_sockets_count()):
         raise UsageError("serve: say where to listen: --socket, --bind, or -- COMMAND {uri}")
+    if arguments.socket and arguments.control and same_path(arguments.socket, arguments.control):
+        raise UsageError(
+            f"serve: --socket and --control are both {arguments.control}: each needs a name of "
+            "its own"
+        )
     if arguments.max_connections < 1:
         raise UsageError(f"serve: --max-connections {arguments.max_connections}: must be 1 or more")
     _check_names(arguments)

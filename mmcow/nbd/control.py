@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
 import mmcow
 from mmcow.errors import MmcowError, UsageError
 from mmcow.nbd import live
+from mmcow.nbd.arguments import file_name, whole_number
 from mmcow.nbd.status import status_of
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Control:
         with a rate changes that of a stream that runs already."""
         export = self._export(arguments)
         action = arguments.get("action", "start")
-        rate = _number(arguments, "rate")
+        rate = _number(arguments, "rate", "bytes a second")
         stream = export.stream
         if stream is None or not stream.active:
             if action != "start":
@@ -190,10 +190,7 @@ class Control:
         return {}
 
     def _export(self, arguments: Arguments) -> Export:
-        name = arguments.get("export")
-        if name is not None and not isinstance(name, str):
-            raise UsageError(f"export {name!r}: must be a name")
-        return live.find(self._server, name)
+        return live.find(self._server, arguments.get("export"))
 
 
 # A misspelt "rate" must not be a stream without a limit.
@@ -215,25 +212,14 @@ def _check_names(command: str, arguments: Arguments) -> None:
             raise UsageError(f"{command}: unknown argument {name!r}; known: {known}")
 
 
-def _number(arguments: Arguments, key: str) -> int | None:
+def _number(arguments: Arguments, key: str, of: str = "bytes") -> int | None:
     value = arguments.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise UsageError(f"{key} {value!r}: must be a number of bytes")
-    return value
+    return None if value is None else whole_number(key, value, of)
 
 
 def _file_name(arguments: Arguments, key: str) -> str | None:
-    """A name for a file. JSON can hold what is none: half of a surrogate pair."""
     value = arguments.get(key)
-    if value is None:
-        return None
-    try:
-        os.fsencode(value)
-    except (TypeError, UnicodeEncodeError):
-        raise UsageError(f"{key} {value!r}: must be the name of a file") from None
-    return str(value)
+    return None if value is None else file_name(key, value)
 
 
 def _error(kind: str, text: str, identity: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mmcow.errors import Cancelled, JobError, MmcowError, ReadOnlyError, UsageError
 from mmcow.jobs.snapshot import take
 from mmcow.jobs.stream import let_go, missing
+from mmcow.nbd.arguments import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -86,7 +87,7 @@ class Stream:
 
     def set_rate(self, rate: int) -> None:
         """From now on at most ``rate`` bytes a second (0: no limit). A paused one stays paused."""
-        self.rate = rate
+        self.rate = _rate(rate)
         self._asked.set()
 
     def resume(self, rate: int | None = None) -> None:
@@ -215,8 +216,14 @@ class Stream:
                     await self._asked.wait()
 
 
+def _rate(given: Any) -> int:
+    return whole_number("rate", given, "bytes a second")
+
+
 def find(server: Server, name: str | None) -> Export:
     """The export called ``name``; None: the only one there is."""
+    if name is not None and not isinstance(name, str):
+        raise UsageError(f"export {name!r}: must be a name")
     exports = server.exports
     if name is None and len(exports) == 1:
         return next(iter(exports.values()))
@@ -230,6 +237,7 @@ def find(server: Server, name: str | None) -> Export:
 
 def start_stream(server: Server, export: Export, rate: int = 0) -> Stream:
     """Begin to pull the base in, at ``rate`` bytes a second at most (0: no limit)."""
+    rate = _rate(rate)
     if export.stream is not None and export.stream.active:
         raise UsageError(f"export {export.name!r}: a stream is {export.stream.state}")
     stream = Stream(export, rate=rate)
@@ -251,6 +259,7 @@ async def snapshot(export: Export, name: str, data_file: str | None = None) -> s
 
 async def grow(export: Export, size: int) -> int:
     """Make the disk larger, durably; returns its size. Clients see it when they connect again."""
+    size = whole_number("size", size, "bytes")
     if size < export.size:
         raise UsageError(f"export {export.name!r}: a served disk can only grow")
     await export.image.resize(size)

@@ -181,6 +181,17 @@ def test_idleness_that_is_no_time(capsys, value):
     assert f"argument --exit-when-idle: {value!r}: must be a number of seconds, 0 or more" in err
 
 
+@pytest.mark.parametrize("control", ["s", "./s", "link/s"])
+def test_one_name_for_both_sockets(capsys, tmp_path, monkeypatch, control):
+    """Nothing is opened before that is told: there is no such image."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(".", "link")
+    given = ["--socket", "s", "--control", control]
+    err = run(capsys, "serve", *given, "nosuch.raw", status=1).err
+    assert f"--socket and --control are both {control}: each needs a name of its own" in err
+    assert os.listdir() == ["link"]
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_file_name_that_is_no_export_name_is_the_one_to_blame(capsys, order):
     """Clients are told names in UTF-8, which a file name need not be."""

@@ -183,12 +183,88 @@ def test_outside_of_a_loop_it_says_what_to_do(disk, sock):
         ("vm.acow", {"max_connections": 0}, "max_connections 0"),
         ("vm.acow", {"exit_when_idle": float("nan")}, "exit_when_idle nan"),
         ("vm.acow", {"exit_when_idle": -1}, "exit_when_idle -1"),
+        ("vm.acow", {"exit_when_idle": "3"}, "exit_when_idle '3'"),
+        ("vm.acow", {"exit_when_idle": True}, "exit_when_idle True"),
+        ("vm.acow", {"exit_when_idle": 10**400}, "exit_when_idle 10"),
+        ("vm.acow", {"max_connections": "5"}, "max_connections '5'"),
+        ("vm.acow", {"max_connections": True}, "max_connections True"),
+        ("vm.acow", {"max_connections": 1.5}, "max_connections 1.5"),
+        ("vm.acow", {"socket": 3}, "socket 3: must be the name of a file"),
+        ("vm.acow", {"socket": "a\0b"}, r"socket 'a\\x00b'"),
+        ("vm.acow", {"control": ["c"]}, r"control \['c'\]"),
+        ("vm.acow", {"control": "./s"}, "socket and control are both ./s"),
+        ("vm.acow", {"bind": 10809}, "bind 10809"),
+        ("vm.acow", {"bind": ("localhost", "10809")}, r"bind \('localhost', '10809'\)"),
+        ("vm.acow", {"bind": ("localhost",)}, "bind"),
+        ("vm.acow", {"bind": "localhost:" + "9" * 5000}, "bind 'localhost:999"),
+        ("vm.acow", {"sockets": 5}, "sockets 5"),
+        ("vm.acow", {"sockets": [5]}, "sockets: 5"),
+        ("vm.acow", {"tls": 3}, "tls 3"),
+        (3, {}, "disks 3"),
+        (None, {}, "disks None"),
+        ({"vm.acow"}, {}, "disks {'vm.acow'}"),
+        ([3], {}, "disks: 3"),
+        (["vm.acow", None], {}, "disks: None"),
+        (["vm.acow", "a\0b"], {}, "disks: 'a"),
+        ({"a": 3}, {}, "disks: 3"),
+        ({3: "vm.acow"}, {}, "export name 3"),
     ],
 )
 def test_wrong_arguments(disks, options, text):
     async def main():
         with pytest.raises(mmcow.UsageError, match=text):
             mmcow.serve(disks, **{"socket": "s"} | options)
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda server: server.stream(rate="5M"), "rate '5M': must be a number of bytes a second"),
+        (lambda server: server.stream(rate=True), "rate True"),
+        (lambda server: server.stream(rate=1.5), "rate 1.5"),
+        (lambda server: server.stream(rate=None), "rate None"),
+        (lambda server: server.stream(rate=-1), "rate -1"),
+        (lambda server: server.stream(3), "export 3: must be a name"),
+        (lambda server: server.status([]), r"export \[\]: must be a name"),
+        (lambda server: server.flush({}), "export {}: must be a name"),
+        (lambda server: server.snapshot(as_=3), "as_ 3: must be the name of a file"),
+        (lambda server: server.snapshot("a\0b"), "as_ 'a"),
+        (lambda server: server.snapshot("s", data_file=3), "data_file 3"),
+        (lambda server: server.snapshot("s", export=b""), "export b''"),
+        (lambda server: server.resize("10G"), "size '10G': must be a number of bytes"),
+        (lambda server: server.resize(True), "size True"),
+        (lambda server: server.resize(-1), "size -1"),
+    ],
+)
+def test_wrong_arguments_of_what_is_done_to_a_disk(disk, sock, call, text):
+    """Nothing is begun."""
+
+    async def main():
+        async with mmcow.serve(disk, socket=sock) as server:
+            before = sorted(os.listdir(disk.parent))
+            with pytest.raises(mmcow.UsageError, match=text):
+                await call(server)
+            assert server.status()["exports"][0]["stream"] is None
+            assert server.status()["exports"][0]["size"] == SIZE
+            assert sorted(os.listdir(disk.parent)) == before
+
+    run(main)
+
+
+@pytest.mark.parametrize("rate", ["5M", -1, True, 2.0])
+def test_wrong_rates_of_a_stream_that_runs(disk, sock, rate):
+    async def main():
+        async with mmcow.serve(disk, socket=sock) as server:
+            job = server.stream(rate=1)
+            job.pause()
+            for change in (job.set_rate, job.resume):
+                with pytest.raises(mmcow.UsageError, match=f"rate {rate!r}: must be"):
+                    change(rate)
+            assert (job.state, job.rate) == ("paused", 1)
+            job.set_rate(7)
+            assert (job.state, job.rate) == ("paused", 7)
 
     run(main)
 
