@@ -163,7 +163,8 @@ class TurnQueue(Protocol):
     def turn(self, wait: bool) -> list[tuple[Completion[Any], int]]:
         """Submit what is pending; collect what is done, at least one if ``wait``.
 
-        Blocks at most until a signal. Called by one thread at a time.
+        Blocks at most until a signal, or until a lone request is over. Called by one thread at a
+        time.
         """
 
     def deliver(self, finished: list[tuple[Completion[Any], int]]) -> None:
