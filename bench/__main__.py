@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from bench import report
 from bench.common import RESULTS, describe_host, load_result, save
 from bench.lab import FULL, QUICK, Lab
-from bench.options import ended, folder, whole_number
+from bench.options import add_conditions, ended, folder, whole_number
 from bench.process import Failed
 from bench.runner import overall, run_cell
 from bench.suites import SUITES
@@ -93,10 +93,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=whole_number(0), default=1, metavar="N", help="of the disks' content"
     )
-    parser.add_argument(
-        "--conditions", default="nothing known of other load on the machine", metavar="TEXT",
-        help="what else a reader should know",
-    )  # fmt: skip
+    add_conditions(parser)
     parser.add_argument("--list", action="store_true", help="show what would be measured")
     args = parser.parse_args(argv)
     args.repeats = args.repeats or (ROUNDS_QUICK if args.quick else ROUNDS)

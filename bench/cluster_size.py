@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mmcow
 from bench.common import Spread, describe_host, interleave, save, size_name
-from bench.options import ended, folder, seconds, whole_number
+from bench.options import add_conditions, ended, folder, seconds, whole_number
 from mmcow.native import aligned
 
 if TYPE_CHECKING:
@@ -260,10 +260,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=whole_number(0), default=1, metavar="N", help="of content and order (1)"
     )
-    parser.add_argument(
-        "--conditions", default="nothing known of other load on the machine", metavar="TEXT",
-        help="what else a reader should know",
-    )  # fmt: skip
+    add_conditions(parser)
     parser.add_argument("--name", default="cluster_size", help="of the result file (cluster_size)")
     return parser.parse_args(argv)
 

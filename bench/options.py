@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What the commands of this folder have in common: kinds of arguments, and where errors end.
 
-Owns: the words for a wrong argument, and the status of what could not be done.
-Never: knows any command's options.
+Owns: the words for a wrong argument, options that mean the same in all of them, and the status of
+what could not be done.
+Never: knows what only one command has.
 """
 
 from __future__ import annotations
@@ -55,6 +56,14 @@ def folder(text: str) -> Path:
         why = "is no folder" if path.exists() else "does not exist"
         raise argparse.ArgumentTypeError(f"{text!r} {why}")
     return path
+
+
+def add_conditions(parser: argparse.ArgumentParser) -> None:
+    """What a result says of the machine besides what can be found out."""
+    parser.add_argument(
+        "--conditions", default="nothing known of other load on the machine", metavar="TEXT",
+        help="what else a reader should know",
+    )  # fmt: skip
 
 
 def ended(program: str, work: Callable[[], int], *, interrupted: str = "interrupted") -> int:
