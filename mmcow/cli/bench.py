@@ -28,12 +28,14 @@ from mmcow.cli.options import (
 )
 from mmcow.cli.progress import meter
 from mmcow.cli.ui import CommandLineError
-from mmcow.errors import Cancelled
+from mmcow.errors import Cancelled, UsageError
 from mmcow.jobs.bench import Side, measure
 from mmcow.jobs.load import SECONDS_MOST, Load
 from mmcow.storage.linux import LinuxHost, NativeQueue
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mmcow.cli.ui import Ui
     from mmcow.image import Image
 
@@ -122,7 +124,7 @@ def _add_requests(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument("--random", action="store_true", help="in random order")
     parser.add_argument(
-        "--seed", type=number_argument("seed", 0), default=0, metavar="N",
+        "--seed", type=number_argument("seed", 0), metavar="N",
         help="of the random order and the mix (0): the same requests every time",
     )  # fmt: skip
     parser.add_argument(
@@ -141,7 +143,7 @@ def _add_writes(parser: Parser) -> None:
         help="so many percent of the requests are reads, the others write as -w does",
     )  # fmt: skip
     parser.add_argument(
-        "--pattern", type=number_argument("pattern", 0, 255), default=0, metavar="BYTE",
+        "--pattern", type=number_argument("pattern", 0, 255), metavar="BYTE",
         help="what is written (0)",
     )  # fmt: skip
     parser.add_argument(
@@ -166,8 +168,11 @@ def _seconds(text: str) -> float:
 
 def run_bench(arguments: argparse.Namespace, ui: Ui) -> int:
     """Measure; then print, then draw: after Ctrl-C what the runs say that were over."""
+    _refuse_idle(arguments)
     load = _load(arguments)
-    load.check()
+    _check(load, arguments)
+    for text in _idle_as_qemu(arguments):
+        ui.warn(text)
     names = [arguments.file, *arguments.vs]
     repeat = arguments.repeat or (REPEAT_VS if arguments.vs else 1)
     write_picture = plot.writer(arguments.plot) if arguments.plot else None
@@ -197,6 +202,37 @@ def run_bench(arguments: argparse.Namespace, ui: Ui) -> int:
     return exits.OK
 
 
+def _refuse_idle(arguments: argparse.Namespace) -> None:
+    """Our own options must do something: who gives one believes that it does."""
+    given = vars(arguments)
+    if given["write"] and given["mix"] is not None:
+        raise CommandLineError(
+            "bench: -w writes only, --mix reads and writes; use one (-w is --mix 0)"
+        )
+    if given["seed"] is not None and not given["random"] and given["mix"] is None:
+        raise CommandLineError("bench: --seed needs --random or --mix")
+    if given["vs_format"] is not None and not given["vs"]:
+        raise CommandLineError("bench: --vs-format needs --vs")
+
+
+def _idle_as_qemu(arguments: argparse.Namespace) -> Iterator[str]:
+    """What to say about qemu-img's options that do nothing here, which it takes without a word."""
+    if arguments.pattern is not None and not arguments.write and arguments.mix is None:
+        yield "bench: --pattern does nothing without -w or --mix"
+    if not arguments.drain and not arguments.flush_interval:
+        yield "bench: --no-drain does nothing without --flush-interval"
+
+
+def _check(load: Load, arguments: argparse.Namespace) -> None:
+    """What options contradict each other, whatever the disk."""
+    try:
+        load.check()
+    except UsageError as error:
+        raise CommandLineError(f"bench: {error}") from error
+    if load.writes and arguments.share:
+        raise CommandLineError("bench: -U is for reading only, and this writes")
+
+
 def _load(arguments: argparse.Namespace) -> Load:
     count = arguments.count
     if count is None and arguments.time is None:
@@ -204,8 +240,6 @@ def _load(arguments: argparse.Namespace) -> Load:
     read_percent = 0 if arguments.write else 100
     if arguments.mix is not None:
         read_percent = arguments.mix
-    if not arguments.drain and not arguments.flush_interval:
-        raise CommandLineError("bench: --no-drain needs --flush-interval")
     return Load(
         block=arguments.buffer_size,
         depth=arguments.depth,
@@ -216,8 +250,8 @@ def _load(arguments: argparse.Namespace) -> Load:
         step=arguments.step_size,
         start=arguments.offset,
         length=arguments.length,
-        seed=arguments.seed,
-        pattern=arguments.pattern,
+        seed=arguments.seed or 0,
+        pattern=arguments.pattern or 0,
         flush_every=arguments.flush_interval,
         drain=arguments.drain,
         threads=arguments.threads,

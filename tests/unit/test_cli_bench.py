@@ -240,8 +240,11 @@ def test_comparison_that_was_stopped_has_the_ratios_of_its_pairs(capsys, raw, st
         (["--mix", "101"], "mix '101'"),
         (["--flush-interval", "64"], "a flush interval needs writes"),
         (["-w", "--flush-interval", "8"], "flush interval 8: must not be smaller than the depth"),
-        (["-w", "--no-drain"], "--no-drain needs --flush-interval"),
         (["--random", "-S", "8k"], "random requests have no step size"),
+        (["-w", "--mix", "70"], "-w writes only, --mix reads and writes; use one (-w is --mix 0)"),
+        (["--seed", "0"], "--seed needs --random or --mix"),
+        (["-w", "--seed", "7"], "--seed needs --random or --mix"),
+        (["--vs-format", "raw"], "--vs-format needs --vs"),
         (["-o", "2M"], "a.raw: offset 2097152"),
         (["--length", "1k"], "have no room for 1 x 4096 bytes"),
         (["-i", "aio"], "argument -i/--aio: invalid choice: 'aio'"),
@@ -249,7 +252,7 @@ def test_comparison_that_was_stopped_has_the_ratios_of_its_pairs(capsys, raw, st
         (["--plot", "a.jpg"], "--plot 'a.jpg': the name must end in .svg or .png"),
         (["--plot", "no/such/a.svg"], "'no/such' is no directory"),
         (["--vs", "missing.raw"], "missing.raw: open: No such file or directory"),
-        (["-U", "-w"], "share is for reading only"),
+        (["-U", "-w"], "-U is for reading only, and this writes"),
     ],
 )
 def test_wrong_options_say_what_is_wrong(capsys, raw, arguments, text):
@@ -257,6 +260,37 @@ def test_wrong_options_say_what_is_wrong(capsys, raw, arguments, text):
     assert text in result.err
     assert result.out == ""
     assert raw.read_bytes() == b"\1" * MIB
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--flush-interval", "64"], "a flush interval needs writes"),
+        (["-d", "5000"], "depth 5000: must be at least 1 and at most 4096"),
+        (["--random", "-S", "8k"], "random requests have no step size"),
+        (["--vs-format", "raw"], "--vs-format needs --vs"),
+        (["--plot", "a.jpg"], "--plot 'a.jpg': the name must end in .svg or .png"),
+        (["-U", "--mix", "50"], "-U is for reading only, and this writes"),
+    ],
+)
+def test_wrong_options_are_told_in_one_style(capsys, raw, arguments, text):
+    assert run(capsys, "bench", *arguments, "a.raw", status=1).err == f"mmcow: bench: {text}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--pattern", "0"], "--pattern does nothing without -w or --mix"),
+        (["--no-drain"], "--no-drain does nothing without --flush-interval"),
+        (["--mix", "50", "--no-drain"], "--no-drain does nothing without --flush-interval"),
+        (["--mix", "100", "--pattern", "7", "--seed", "7"], ""),  # one of a row of mixes
+        (["-w", "--pattern", "7", "--flush-interval", "8", "--no-drain"], ""),
+    ],
+)
+def test_options_that_qemu_img_ignores_are_warned_of(capsys, raw, arguments, text):
+    err = run(capsys, "bench", *QUICK, *arguments, "-f", "raw", "a.raw").err
+    warnings = [line for line in err.splitlines() if line.startswith("mmcow: warning: ")]
+    assert warnings == ([f"mmcow: warning: bench: {text}"] if text else [])
 
 
 @pytest.mark.parametrize(
