@@ -232,8 +232,10 @@ def add_share(parser: Parser) -> None:
 
 
 def add_quiet(parser: Parser) -> None:
-    """-q: say nothing but errors."""
-    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+    """-q: no results, no progress. Warnings stay, as qemu-img's do: they are about the data."""
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="say nothing but warnings and errors"
+    )
 
 
 def add_progress(parser: Parser, *, short: bool = True) -> None:

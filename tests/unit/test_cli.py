@@ -346,6 +346,28 @@ def test_warning_of_an_image_is_told(capsys, pair, monkeypatch):
     assert result.err == ("mmcow: warning: top.acow: base.raw: is newer than it should be\n")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "top.acow", "top.acow"],
+        ["convert", "top.acow", "flat"],
+        ["resize", "top.acow", "8M"],
+        ["stream", "top.acow"],
+        ["bench", "-c", "1", "-d", "1", "top.acow"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_warning_of_an_image_is_told_even_if_quiet(capsys, pair, monkeypatch, arguments):
+    monkeypatch.setattr(mmcow.Image, "warnings", ["base.raw: is newer than it should be"])
+    result = run(capsys, *arguments, "-q")
+    assert set(result.err.splitlines()) == {
+        "mmcow: warning: top.acow: base.raw: is newer than it should be"
+    }
+    assert result.out == ""
+    words = " ".join(run(capsys, arguments[0], "--help").out.split())
+    assert "-q, --quiet say nothing but warnings and errors" in words
+
+
 def test_probed_raw_is_warned_of_only_when_written(capsys, pair):
     assert "warning: base.raw: taken as raw" in run(capsys, "resize", "base.raw", "5M").err
     assert run(capsys, "resize", "-f", "raw", "base.raw", "6M").err == ""
