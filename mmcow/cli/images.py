@@ -36,6 +36,8 @@ def opened(
 ) -> Iterator[Image]:
     """Open ``path`` for the block; what is odd about it goes to standard error, or nowhere."""
     ui.subject = path
+    if write:
+        ui.can_share = False  # -U only reads
     image = mmcow.open(
         path,
         format=format,

@@ -67,7 +67,8 @@ class Ui:
     def __init__(self) -> None:
         self._signals: Signals | None = None
         self.quiet = False
-        self.can_share = False  # the verb has -U, and the user did not give it
+        # The verb has -U, the user did not give it, and what is being opened is only read.
+        self.can_share = False
         # What is being opened or worked on, for errors that name no file or another one.
         self.subject: str | None = None
         self._opened: list[tuple[str, frozenset[str]]] = []

@@ -194,6 +194,31 @@ def test_info_in_use_needs_force_share(capsys):
         run(capsys, "info", "-U", "top.acow")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "is_hinted"),
+    [
+        (["bench", "-c", "1"], True),
+        (["bench", "-c", "1", "-w"], False),
+        (["bench", "-c", "1", "--mix", "50"], False),
+        (["io", "-r", "-c", "read 0 512"], True),
+        (["io", "-c", "write 0 512"], False),
+        (["check"], True),
+        (["check", "-r", "all"], False),
+        (["map"], True),
+        (["resize"], False),
+        (["commit"], False),
+        (["stream"], False),
+    ],
+    ids=str,
+)
+def test_force_share_is_named_only_to_who_reads(capsys, arguments, is_hinted):
+    operands = ["+1M"] if arguments == ["resize"] else []
+    with written("top.acow"):
+        err = run(capsys, *arguments, "top.acow", *operands, status=1).err
+    assert "is using it" in err
+    assert ("-U" in err) is is_hinted
+
+
 def test_probe(capsys):
     with open("other", "wb") as file:
         file.write(b"QFI\xfb\0\0\0\3")
