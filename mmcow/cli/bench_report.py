@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mmcow.cli import chart
 from mmcow.cli.sizes import human_size
 from mmcow.cli.ui import printable
+from mmcow.jobs.bench import CPU_LEAST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 # Of a run, for ``Side.spread``,
 _iops = attrgetter("iops")
 _bandwidth = attrgetter("bandwidth")
-_cpu = attrgetter("cpu_us_per_io")
 # and for ``Side.merged``.
 _latency = attrgetter("latency")
 _reads = attrgetter("reads")
@@ -132,7 +132,11 @@ def _side_text(side: Side, load: Load) -> Iterator[str]:
             f"  {len(side.runs)} runs: middle half {_rate(rates.low)} to {_rate(rates.high)}, "
             f"all {_rate(rates.min)} to {_rate(rates.max)} IOPS"
         )
-    yield f"  CPU {side.spread(_cpu).median:.2f} us per request"
+    cpu = side.cpu
+    if cpu is None:
+        yield f"  CPU - per request (a run used less than {CPU_LEAST:g} s: --time makes longer ones)"
+    else:
+        yield f"  CPU {cpu.median:.2f} us per request"
     yield from _latency_text(side, load)
     by_python = sum(run.by_python for run in side.runs)
     if 0 < by_python < count:
@@ -219,17 +223,17 @@ def _side_json(side: Side, load: Load) -> dict[str, Any]:
         "layers": len(image.chain),
         "cache": image.chain[0].cache,
         "queue": _queue(image, load),
-        "iops": round(side.spread(_iops).median, 2),
-        "bandwidth": round(side.spread(_bandwidth).median, 1),
+        "iops": _rounded(side.spread(_iops).median),
+        "bandwidth": _rounded(side.spread(_bandwidth).median),
         "latency_us": latency.summary_us(),
-        "cpu_us_per_io": round(side.spread(_cpu).median, 3),
+        "cpu_us_per_io": None if side.cpu is None else _rounded(side.cpu.median),
         "count": sum(run.count for run in side.runs),
         "seconds": round(sum(run.seconds for run in side.runs), 6),
         "by_python": sum(run.by_python for run in side.runs),
         "spread": {
             "iops": _spread_json(side.spread(_iops)),
             "bandwidth": _spread_json(side.spread(_bandwidth)),
-            "cpu_us_per_io": _spread_json(side.spread(_cpu)),
+            "cpu_us_per_io": None if side.cpu is None else _spread_json(side.cpu),
         },
     }
     if 0 < load.read_percent < 100:
@@ -245,14 +249,13 @@ def _side_json(side: Side, load: Load) -> dict[str, Any]:
 
 
 def _run_json(run: Run) -> dict[str, Any]:
-    count = max(run.count, 1)
     return {
-        "iops": round(run.iops, 2),
-        "bandwidth": round(run.bandwidth, 1),
+        "iops": _rounded(run.iops),
+        "bandwidth": _rounded(run.bandwidth),
         "latency_us": run.latency.summary_us(),
-        "cpu_us_per_io": round(run.cpu_us_per_io, 3),
-        "user_us_per_io": round(1e6 * run.user / count, 3),
-        "system_us_per_io": round(1e6 * run.system / count, 3),
+        "cpu_us_per_io": _rounded_cpu(run, run.user + run.system),
+        "user_us_per_io": _rounded_cpu(run, run.user),
+        "system_us_per_io": _rounded_cpu(run, run.system),
         "count": run.count,
         "flushes": run.flushes.count,
         "seconds": round(run.seconds, 6),
@@ -265,4 +268,13 @@ def _kind_json(histogram: Histogram) -> dict[str, Any]:
 
 
 def _spread_json(spread: Spread) -> dict[str, float]:
-    return {name: float(f"{value:.7g}") for name, value in spread._asdict().items()}
+    return {name: _rounded(value) for name, value in spread._asdict().items()}
+
+
+def _rounded(value: float) -> float:
+    """Every figure that stands in more than one place: equal ones stay equal."""
+    return float(f"{value:.7g}")
+
+
+def _rounded_cpu(run: Run, seconds: float) -> float | None:
+    return None if run.cpu_us_per_io is None else _rounded(1e6 * seconds / run.count)

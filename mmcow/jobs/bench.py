@@ -7,6 +7,7 @@ Never: prints, opens images; decides which requests are made (``jobs.load``).
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 # How often a run with several threads reports its progress, in seconds.
 _PULSE = 0.05
+# psutil has the kernel's figures in whole steps of USER_HZ, 10 ms, cut off: two figures, each read
+# twice, are wrong by up to two steps, which shall be a tenth at most. In seconds.
+CPU_LEAST = 20 / os.sysconf("SC_CLK_TCK")
 
 
 class Driver(Protocol):
@@ -75,9 +79,15 @@ class Run:
         return self.iops * self.block
 
     @property
-    def cpu_us_per_io(self) -> float:
-        """Microseconds of CPU for each request, the kernel's on our account included."""
-        return 1e6 * (self.user + self.system) / self.count if self.count else 0.0
+    def cpu_us_per_io(self) -> float | None:
+        """Microseconds of CPU for each request, the kernel's on our account included.
+
+        None where the run used less than ``CPU_LEAST``.
+        """
+        # Seconds that came from steps: what is at the limit but for its last bit is not below it.
+        if not self.count or round(self.user + self.system, 6) < CPU_LEAST:
+            return None
+        return 1e6 * (self.user + self.system) / self.count
 
     @property
     def latency(self) -> Histogram:
@@ -114,6 +124,14 @@ class Side:
     def spread(self, figure: Callable[[Run], float]) -> Spread:
         """Of one figure over the runs."""
         return Spread.of([figure(run) for run in self.runs])
+
+    @property
+    def cpu(self) -> Spread | None:
+        """Of ``cpu_us_per_io``; None where a run has none: to leave just those out that used least
+        would make the figure too high."""
+        found = [run.cpu_us_per_io for run in self.runs]
+        known = [value for value in found if value is not None]
+        return Spread.of(known) if len(known) == len(found) else None
 
     def ratio(self, first: Side) -> Spread:
         """How many times this side's IOPS ``first`` has, by pairs of runs. Of a measurement that

@@ -10,6 +10,7 @@ import signal
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,7 +49,6 @@ def test_json_has_what_programs_rely_on(capsys, raw):
     assert list(latency) == ["mean", "min", "max", "p50", "p90", "p99", "p99.9"]
     assert 0 < latency["min"] <= latency["p50"] <= latency["p90"] <= latency["p99"]
     assert latency["p99"] <= latency["p99.9"] <= latency["max"] < found["seconds"] * 1e6
-    assert found["cpu_us_per_io"] >= 0
     assert found["queue"] in ("io_uring", "threads", "synchronous")
     expected = {
         "operation": "read", "read_percent": 100, "order": "random", "seed": 7, "count": 400,
@@ -61,6 +61,50 @@ def test_json_has_what_programs_rely_on(capsys, raw):
     assert len(found["runs"]) == 1
     assert found["runs"][0]["count"] == 400
     assert "vs" not in found
+
+
+def cpu_used(monkeypatch, *, user, system):
+    """Make every run use so many seconds of CPU."""
+
+    class Process:
+        now = 0
+
+        def cpu_times(self):
+            Process.now += 1
+            return SimpleNamespace(user=user * Process.now, system=system * Process.now)
+
+    monkeypatch.setattr(bench.psutil, "Process", Process)
+
+
+def test_cpu_per_request(capsys, raw, monkeypatch):
+    cpu_used(monkeypatch, user=0.25, system=0.75)
+    found = measured(capsys, "-c", "100", "-d", "1", "a.raw")
+    names = ("cpu_us_per_io", "user_us_per_io", "system_us_per_io")
+    assert [found["runs"][0][name] for name in names] == [10000, 2500, 7500]
+    assert found["cpu_us_per_io"] == found["spread"]["cpu_us_per_io"]["median"] == 10000
+    out = run(capsys, "bench", "-c", "100", "-d", "1", "a.raw").out
+    assert "\n  CPU 10000.00 us per request\n" in out
+
+
+def test_cpu_that_cannot_be_told_is_not(capsys, raw, monkeypatch):
+    cpu_used(monkeypatch, user=0.125, system=0.0)
+    found = measured(capsys, "-c", "100", "-d", "1", "a.raw", "--repeat", "2")
+    names = ("cpu_us_per_io", "user_us_per_io", "system_us_per_io")
+    assert [found["runs"][0][name] for name in names] == [None] * 3
+    assert found["cpu_us_per_io"] is found["spread"]["cpu_us_per_io"] is None
+    out = run(capsys, "bench", "-c", "100", "-d", "1", "a.raw").out
+    assert "\n  CPU - per request (a run used less than 0.2 s: --time makes longer ones)\n" in out
+
+
+@pytest.mark.parametrize(("count", "seconds"), [(400, 0.001234567), (123_457, 1.9876543)])
+def test_json_of_one_run_has_each_figure_once(capsys, raw, monkeypatch, count, seconds):
+    """Also where there are more digits than are shown."""
+    cpu_used(monkeypatch, user=0.25, system=0.123456789)
+    monkeypatch.setattr(bench.Run, "iops", property(lambda _: count / seconds))
+    found = measured(capsys, "-c", "100", "-d", "1", "a.raw")
+    for name in ("iops", "bandwidth", "cpu_us_per_io"):
+        assert {found[name], found["runs"][0][name]} == set(found["spread"][name].values()), name
+        assert len({found[name], found["runs"][0][name]}) == 1
 
 
 def test_json_of_repeats_has_medians_and_their_spread(capsys, raw):

@@ -33,11 +33,11 @@ def host(request):
     return LinuxHost(hits=request.param)
 
 
-def made_up_run(iops, count=1000):
+def made_up_run(iops, count=1000, cpu=(0.1, 0.2)):
     histogram = Histogram()
     for _ in range(count):
         histogram.add(50_000)
-    return Run(4096, count / iops, histogram, Histogram(), Histogram(), 0, 0.01, 0.02)
+    return Run(4096, count / iops, histogram, Histogram(), Histogram(), 0, *cpu)
 
 
 def test_figures_of_a_run():
@@ -45,7 +45,24 @@ def test_figures_of_a_run():
     assert run.count == 1000
     assert run.iops == pytest.approx(2000)
     assert run.bandwidth == pytest.approx(2000 * 4096)
-    assert run.cpu_us_per_io == pytest.approx(30)
+    assert run.cpu_us_per_io == pytest.approx(300)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [((0.1, 0.09), None), ((0.0, 0.0), None), ((0.1, 0.1), 200), ((0.07, 0.13), 200)],
+)
+def test_cpu_of_few_steps_of_the_clock_is_no_figure(cpu, expected):
+    run = made_up_run(2000.0, cpu=cpu)
+    assert run.cpu_us_per_io == (expected and pytest.approx(expected))
+
+
+def test_cpu_of_a_side_needs_every_run():
+    runs = [made_up_run(100, cpu=(0.1, seconds)) for seconds in (0.2, 0.4, 0.9)]
+    cpu = Side("a", [], runs).cpu
+    assert cpu is not None
+    assert (cpu.min, cpu.median, cpu.max) == pytest.approx((300, 500, 1000))
+    assert Side("a", [], [*runs, made_up_run(100, cpu=(0.1, 0.05))]).cpu is None
 
 
 def test_spread_and_ratio():
