@@ -134,7 +134,7 @@ def _side_text(side: Side, load: Load) -> Iterator[str]:
         )
     cpu = side.cpu
     if cpu is None:
-        yield f"  CPU - per request (a run used less than {CPU_LEAST:g} s: --time makes longer ones)"
+        yield f"  CPU - per request (less than {CPU_LEAST:g} s in a run: --time makes longer ones)"
     else:
         yield f"  CPU {cpu.median:.2f} us per request"
     yield from _latency_text(side, load)

@@ -93,7 +93,7 @@ def test_cpu_that_cannot_be_told_is_not(capsys, raw, monkeypatch):
     assert [found["runs"][0][name] for name in names] == [None] * 3
     assert found["cpu_us_per_io"] is found["spread"]["cpu_us_per_io"] is None
     out = run(capsys, "bench", "-c", "100", "-d", "1", "a.raw").out
-    assert "\n  CPU - per request (a run used less than 0.2 s: --time makes longer ones)\n" in out
+    assert "\n  CPU - per request (less than 0.2 s in a run: --time makes longer ones)\n" in out
 
 
 @pytest.mark.parametrize(("count", "seconds"), [(400, 0.001234567), (123_457, 1.9876543)])
