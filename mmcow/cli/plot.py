@@ -2,13 +2,14 @@
 """Latency histograms as a picture in a file: SVG by ourselves, PNG through Pillow.
 
 Owns: the drawing (a few shapes on a plane, the same for both kinds), writing the file.
-Never: measures.
+Never: measures; leaves half a picture.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import stat
 from importlib import import_module
 from math import log2
 from operator import attrgetter
@@ -19,6 +20,8 @@ from mmcow.cli.chart import Scale, human_time
 from mmcow.cli.ui import CommandLineError, printable
 from mmcow.errors import StorageError
 from mmcow.jobs.latency import Histogram
+from mmcow.storage.linux import LinuxHost
+from mmcow.storage.names import directory_of, make_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -141,9 +144,13 @@ def writer(path: str) -> Callable[[Picture], None]:
         raise CommandLineError(f"bench: --plot {path!r}: the name must end in .svg or .png")
     if suffix == ".png":
         _pillow(path)
-    folder = os.path.dirname(path) or "."
+    host = LinuxHost()
+    target = host.real_path(path)
+    folder = directory_of(target)
     if not os.path.isdir(folder):
         raise CommandLineError(f"bench: --plot {path!r}: {folder!r} is no directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CommandLineError(f"bench: --plot {path!r}: {folder!r} takes no new files")
     _refuse_other(path, suffix)
     encode = as_png if suffix == ".png" else as_svg
 
@@ -151,9 +158,8 @@ def writer(path: str) -> Callable[[Picture], None]:
         _refuse_other(path, suffix)
         content = encode(picture)
         try:
-            with open(path, "wb") as file:
-                file.write(content)
-        except OSError as error:
+            make_file(host, target, lambda handle: handle.write_at(0, content), replace=True)
+        except StorageError as error:  # which may name the temporary file
             raise StorageError(error.errno or 0, "write", path) from error
 
     return write
@@ -163,6 +169,8 @@ def _refuse_other(path: str, suffix: str) -> None:
     """Only a picture is overwritten: anything else may be a disk, even the one that is measured."""
     magic = _MAGIC[suffix]
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CommandLineError(f"bench: --plot {path!r}: exists and is no regular file")
         with open(path, "rb") as file:
             head = file.read(len(magic))
     except FileNotFoundError:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import builtins
+import errno
 import json
+import os
 import re
 import signal
 import sys
@@ -16,9 +17,10 @@ import pytest
 
 import mmcow
 from mmcow.cli import chart, plot
+from mmcow.errors import StorageError
 from mmcow.jobs import bench
 from mmcow.jobs.latency import Histogram
-from mmcow.storage.linux import LinuxHost, NativeQueue
+from mmcow.storage.linux import LinuxHandle, LinuxHost, NativeQueue
 from tests.unit.test_cli import KIB, MIB, pair, run, template  # noqa: F401
 
 QUICK = ("-c", "400", "-d", "8")
@@ -511,14 +513,41 @@ def test_plot_is_drawn_over_an_earlier_one(capsys, raw, name):
     assert Path(name).stat().st_size > 1000
 
 
-def test_plot_that_cannot_be_written_is_named(capsys, raw, monkeypatch):
-    def no_room(path, *arguments, **options):
-        if str(path) == "p.svg" and arguments == ("wb",):
-            raise OSError(28, "No space left on device")
-        return real(path, *arguments, **options)
+@pytest.mark.parametrize("is_there", [False, True])
+def test_plot_on_a_full_disk_leaves_what_was_there(capsys, raw, monkeypatch, is_there):
+    def fills_up(handle, offset, data):
+        real(handle, offset, data[:100])
+        raise StorageError(errno.ENOSPC, "write", handle.path, offset + 100, len(data) - 100)
 
-    real = builtins.open
-    monkeypatch.setattr(builtins, "open", no_room)
+    if is_there:
+        run(capsys, "bench", *QUICK, "a.raw", "--plot", "p.svg")
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    assert ("p.svg" in before) is is_there
+    real = LinuxHandle.write_at
+    monkeypatch.setattr(LinuxHandle, "write_at", fills_up)
     result = run(capsys, "bench", *QUICK, "a.raw", "--plot", "p.svg", status=1)
-    assert "p.svg: write: No space left on device" in result.err
+    assert result.err == "mmcow: p.svg: write: No space left on device\n"
     assert "IOPS" in result.out
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_plot_is_drawn_where_a_link_leads(capsys, raw):
+    Path("pictures").mkdir()
+    Path("p.svg").symlink_to("pictures/first.svg")
+    run(capsys, "bench", *QUICK, "a.raw", "--plot", "p.svg")
+    assert Path("p.svg").is_symlink()
+    assert Path("pictures/first.svg").read_bytes().startswith(b"<svg")
+
+
+def test_plot_replaces_only_files_and_waits_for_no_pipe(capsys, raw):
+    os.mkfifo("p.svg")
+    err = run(capsys, "bench", *QUICK, "a.raw", "--plot", "p.svg", status=1).err
+    assert err == "mmcow: bench: --plot 'p.svg': exists and is no regular file\n"
+    assert Path("p.svg").is_fifo()
+
+
+def test_plot_without_leave_to_make_files_is_refused_first(capsys, raw, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != ".")
+    err = run(capsys, "bench", "-w", *QUICK, "a.raw", "--plot", "p.svg", status=1).err
+    assert err == "mmcow: bench: --plot 'p.svg': '.' takes no new files\n"
+    assert raw.read_bytes() == b"\1" * MIB
