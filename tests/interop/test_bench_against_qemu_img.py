@@ -45,6 +45,9 @@ def bench(*arguments):
         "-w -c 50 -t writethrough -i threads --pattern 3",
         "-c 500 -d 16 -t none -i io_uring -q",
         "-c 100 -U",
+        # Both take what does nothing there.
+        "-c 100 --pattern 5 --no-drain",
+        "-w -c 100 --no-drain",
     ],
 )
 def test_same_options_write_the_same_bytes(options):
