@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 CONNECTIONS_MOST = 1024
 BACKLOG = 128
 PORT_MOST = 65535
+# How long clients have at the end to read the last replies (all is flushed by then), and after how
+# long one that reads nothing at all is left.
 PARTING_SECONDS = 5.0
+DEAF_SECONDS = 1.0
 # Descriptors left for images, listeners and the program around.
 DESCRIPTORS_KEPT = 128
 
@@ -266,14 +269,30 @@ class Server:
                     first.add_note(str(error))
         for connection in list(self.connections):
             connection.finish()
-        await self._part(PARTING_SECONDS)  # let last replies leave
+        await self._let_last_replies_leave()
         for connection in list(self.connections):
-            connection.abort()  # who does not read them
+            connection.abort()  # who does not read them in time
         await self._part(PARTING_SECONDS)
         self.told.rest()
         self.memory.close()
         if first is not None:
             raise first
+
+    async def _let_last_replies_leave(self) -> None:
+        """Wait for clients as long as they read. What they lose otherwise is word of what is done,
+        which no client can count on when its server ends."""
+        began = now = self.loop.time()
+        moved: dict[Connection, tuple[int, float]] = {}  # what it has to read, and since when
+        while self.connections and now - began < PARTING_SECONDS:
+            for connection in list(self.connections):
+                unread = connection.unread
+                before, since = moved.get(connection, (None, now))
+                if unread != before:
+                    moved[connection] = unread, now
+                elif now - since >= DEAF_SECONDS:
+                    connection.abort()
+            await self._part(DEAF_SECONDS / 4)
+            now = self.loop.time()
 
     async def _part(self, seconds: float) -> None:
         """Wait until every client is gone."""

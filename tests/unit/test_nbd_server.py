@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
 
 import pytest
@@ -463,6 +464,73 @@ class TestClose:
             assert client.at_end()
             served.end()
             assert time.monotonic() - began < 10
+        assert served.stop() is None
+
+    def test_does_not_wait_for_who_reads_no_replies(self, tmp_path, monkeypatch):
+        """But for who reads slowly; and what was written is there."""
+        monkeypatch.setattr(server, "PARTING_SECONDS", 60.0)
+        disk = make_raw(tmp_path / "big.raw", b"d" * 32 * MIB)
+        served = Serving({"": disk}, tmp_path / "s")
+        deaf, slow = (connect(served.path, structured=False) for _ in range(2))
+        deaf.write(0, b"w" * 4096)
+        deaf.start(nbd.WRITE, 8192, data=b"v" * 4096)
+        for client in (deaf, slow):
+            for _ in range(12):
+                client.start(nbd.READ, 16 * MIB, MIB)
+        while served.run(lambda: sum(one.memory for one in served.server.connections)) < 24 * MIB:
+            time.sleep(0.01)  # until all of them are begun
+        reader = threading.Thread(target=self.read_slowly, args=(slow, answers := []))
+        reader.start()
+        began = time.monotonic()
+        served.end()
+        took = time.monotonic() - began
+        reader.join()
+        deaf.close()
+        slow.close()
+        assert answers == [b"d" * MIB] * 12
+        assert 2 * server.DEAF_SECONDS < took < 30  # by the slow one
+        assert served.stop() is None
+        with mmcow.open(disk) as image:
+            assert image.read(0, 12288) == b"w" * 4096 + b"d" * 4096 + b"v" * 4096
+
+    @staticmethod
+    def read_slowly(client, answers):
+        for _ in range(12):
+            time.sleep(0.25)
+            answers.append(client.next_reply()[1].data)
+        assert client.at_end()
+
+    def test_who_reads_little_by_little_does_read(self, tmp_path, monkeypatch):
+        """So little that the kernel takes nothing more for a while."""
+        monkeypatch.setattr(server, "PARTING_SECONDS", 60.0)
+        monkeypatch.setattr(server, "DEAF_SECONDS", 0.4)
+        disk = make_raw(tmp_path / "big.raw", b"d" * MIB)
+        served = Serving({"": disk}, tmp_path / "s")
+        with connect(served.path, structured=False) as slow:
+            slow.start(nbd.READ, 0, MIB // 2)
+            while not client_has_data(slow):
+                pass
+            begin_to_end(served)
+            head, parts = slow.receive(16), []
+            while sum(map(len, parts)) < MIB // 2:
+                time.sleep(0.2)
+                parts.append(slow.receive(min(48 << 10, MIB // 2 - sum(map(len, parts)))))
+            assert head[:8] == struct.pack(">II", 0x67446698, 0)
+            assert b"".join(parts) == b"d" * (MIB // 2)
+            assert slow.at_end()
+        assert served.stop() is None
+
+    def test_ends_at_once_where_nobody_reads(self, tmp_path, monkeypatch):
+        """Not when ``PARTING_SECONDS`` are over."""
+        monkeypatch.setattr(server, "PARTING_SECONDS", 60.0)
+        disk = make_raw(tmp_path / "big.raw", bytes(32 * MIB))
+        served = Serving({"": disk}, tmp_path / "s")
+        with connect(served.path, structured=False) as deaf:
+            for _ in range(40):
+                deaf.start(nbd.READ, 0, MIB)
+            began = time.monotonic()
+            served.end()
+            assert server.DEAF_SECONDS < time.monotonic() - began < 20
         assert served.stop() is None
 
     def test_ends_clients_of_every_kind(self, tmp_path, image, monkeypatch):
