@@ -18,10 +18,7 @@ Replies that become ready together leave together, in one send.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import socket as sockets
-import struct
-import termios
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,7 +28,7 @@ from mmcow.native import aligned
 from mmcow.nbd import memory
 from mmcow.nbd import protocol as wire
 from mmcow.nbd.handshake import Handshake, Step
-from mmcow.nbd.peers import peer_of
+from mmcow.nbd.peers import peer_of, queued_for
 from mmcow.nbd.pump import Limits, Socket
 from mmcow.nbd.pumped import Pumped
 from mmcow.nbd.requests import HOLE_LEAST, SHUTDOWN, VERBS, Agreed, begin, refusal
@@ -118,7 +115,7 @@ class Connection(asyncio.BufferedProtocol):
         """As ``unsent``, and what TLS has encrypted and the kernel has taken already: it changes
         where the client reads, however little."""
         below = int(self._socket_transport.get_write_buffer_size()) if self._encrypted else 0
-        return self.unsent + below + _queued(self._socket_transport.get_extra_info("socket"))
+        return self.unsent + below + queued_for(self._socket_transport.get_extra_info("socket"))
 
     # ---- asyncio's side ----
 
@@ -663,14 +660,6 @@ class Connection(asyncio.BufferedProtocol):
             return False
         layers = (self._transport, self._socket_transport)
         return any(layer.get_write_buffer_size() for layer in layers)
-
-
-def _queued(socket: Any) -> int:
-    """Bytes that the kernel has for the peer; of a Unix socket with what it needs for them."""
-    if socket is None or socket.fileno() < 0:
-        return 0
-    (count,) = struct.unpack("i", fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, bytes(4)))
-    return int(count)
 
 
 def pump_limits() -> Limits:

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Who the clients are, in the log's words; and lines of the log that strangers cannot make many.
+"""Who the clients are, in the log's words; what waits for them in the kernel; and lines of the log
+that strangers cannot make many.
 
-Owns: a peer's name; the bounds on lines that clients cause by coming and going.
+Owns: a peer's name; how much of what was sent it has not taken; the bounds on lines that clients
+cause by coming and going.
 Never: decides who may come in (``server``), asks the peer anything.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import socket as sockets
 import struct
+import termios
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +60,14 @@ def _address(name: Any) -> str:
         return ""
     host, port = name[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def queued_for(socket: Any) -> int:
+    """Bytes that the kernel has for the peer; of a Unix socket with what it needs for them."""
+    if socket is None or socket.fileno() < 0:
+        return 0
+    (count,) = struct.unpack("i", fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, bytes(4)))
+    return int(count)
 
 
 class Sparing:

@@ -111,7 +111,7 @@ BANNED_CALLS = [
 BANNED_IMPORTS = [
     ("mmap", (), "the C helper's view: an index into a cut file is a SIGBUS"),
     ("mmcow._mmc", ("mmcow/native.py",), "mmcow.native"),
-    ("fcntl", ("mmcow/storage/", "mmcow/cli/"), "storage.locks"),
+    ("fcntl", ("mmcow/storage/", "mmcow/cli/", "mmcow/nbd/peers.py"), "storage.locks"),
     ("subprocess", (), "nothing: mmcow starts no programs"),
 ]
 
@@ -202,9 +202,7 @@ TEXTS = {".py", ".c", ".h", ".md", ".toml", ".sh", ".yml", ".cfg", ""}
 SKIPPED = {".git", ".venv", "build", "__pycache__", "mmcow.egg-info", ".hypothesis",
            ".mypy_cache", ".ruff_cache", ".pytest_cache", "node_modules"}  # fmt: skip
 # Paths that belong to one machine or one person.
-MACHINE = re.compile(
-    r"/(?:home|Users)/[A-Za-z0-9_]+/|/root/|\bfile:///|/workspace/"
-)
+MACHINE = re.compile(r"/(?:home|Users)/[A-Za-z0-9_]+/|/root/|\bfile:///|/workspace/")
 
 
 def texts() -> list[Path]:
