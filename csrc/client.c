@@ -15,7 +15,6 @@
 
 #include "pump.h"
 
-#define IN_BYTES (64u << 10)
 /* From this length on a payload is worth a call of its own: see receive. */
 #define BULK_LEAST (16u << 10)
 /* What one client may do before the next has its turn. */

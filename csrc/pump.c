@@ -21,7 +21,6 @@
 
 #define READY_MAX 64
 #define DONE_MAX 64
-#define IN_BYTES (64u << 10)
 /* A reply for which there was no memory. */
 #define NO_WORDS UINT32_MAX
 

@@ -59,6 +59,9 @@ struct mmc_asks {
     struct mmc_ask *last;
 };
 
+/* What is received from a client at once: the size of its `in`. */
+#define IN_BYTES (64u << 10)
+
 /* Why a client's next request is not begun. */
 #define HELD_FULL 1   /* too much of its own is under way */
 #define HELD_ROOM 2   /* no room beside the others */
