@@ -13,7 +13,6 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "path.h"
 #include "queue.h"
@@ -50,14 +49,6 @@ struct mmc_load {
     char *buffers;
     struct mmc_times times[2]; /* of reads, of writes */
 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
-}
 
 /* ---- which request comes n-th ------------------------------------------- */
 
@@ -234,7 +225,7 @@ static void transfer_finished(struct mmc_transfer *transfer, int64_t result)
 {
     struct slot *slot = (struct slot *)(void *)transfer;
     struct mmc_load *load = slot->load;
-    const uint64_t now = now_ns();
+    const uint64_t now = mmc_clock_ns();
 
     pthread_mutex_lock(&load->lock);
     load->flying--;
@@ -244,7 +235,7 @@ static void transfer_finished(struct mmc_transfer *transfer, int64_t result)
 
 void mmc_load_done(struct mmc_load *load, uint32_t number, int64_t result)
 {
-    const uint64_t now = now_ns();
+    const uint64_t now = mmc_clock_ns();
 
     pthread_mutex_lock(&load->lock);
     load->handed--;
@@ -274,7 +265,7 @@ static bool ran_alone(struct mmc_load *load, struct slot *slot, int code, uint64
         return false;
     slot->transfer.offset = offset;
     slot->transfer.is_write = code == MMC_WRITE;
-    conclude(load, slot, result, now_ns());
+    conclude(load, slot, result, mmc_clock_ns());
     return true;
 }
 
@@ -296,7 +287,7 @@ static void begin_one(struct mmc_load *load, struct slot *slot, struct mmc_reque
 
     if (code == MMC_WRITE)
         count_towards_flush(load);
-    slot->begin = now_ns(); /* its own: the one before in the batch may be over already */
+    slot->begin = mmc_clock_ns(); /* its own: the one before in the batch may be over already */
     if (ran_alone(load, slot, code, offset))
         return;
     slot->transfer.finished = transfer_finished;
@@ -307,7 +298,7 @@ static void begin_one(struct mmc_load *load, struct slot *slot, struct mmc_reque
         break;
     case MMC_ZEROS:
         memset(slot->buffer, 0, plan->block);
-        conclude(load, slot, 0, now_ns());
+        conclude(load, slot, 0, mmc_clock_ns());
         break;
     default:
         load->handed++;
@@ -382,13 +373,13 @@ int mmc_load_run(struct mmc_load *load, int slice_ms, struct mmc_done *done, uin
                  uint32_t *collected)
 {
     struct mmc_queue *queue = mmc_path_queue(load->path);
-    const uint64_t end = now_ns() + (uint64_t)slice_ms * UINT64_C(1000000);
+    const uint64_t end = mmc_clock_ns() + (uint64_t)slice_ms * UINT64_C(1000000);
     int why;
     int rc;
 
     *collected = 0;
     for (;;) {
-        if (now_ns() >= end)
+        if (mmc_clock_ns() >= end)
             return wanted(load);
         push_some(load);
         why = wanted(load);

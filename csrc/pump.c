@@ -12,7 +12,6 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "process.h"
@@ -24,7 +23,6 @@
 /* A reply for which there was no memory. */
 #define NO_WORDS UINT32_MAX
 
-#define NS_PER_S UINT64_C(1000000000)
 #define NS_PER_MS UINT64_C(1000000)
 #define NS_PER_US UINT64_C(1000)
 /* How long a turn may be at work: one that may wait, and one in somebody else's loop. */
@@ -39,14 +37,6 @@
 #define UNSPUN 8
 /* Hits that allocate until the caller looks at how much metadata waits to be written. */
 #define ALLOCATED_MAX 4096
-
-static uint64_t clock_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * NS_PER_S + (uint64_t)now.tv_nsec;
-}
 
 /* ---- what the caller is told -------------------------------------------- */
 
@@ -221,7 +211,7 @@ static void collect(struct mmc_pump *pump, struct mmc_pump_queue *queue)
         room = DONE_MAX;
     if (!room) /* the queue's descriptor tells again */
         return;
-    pump->now = clock_ns(); /* when they ended, as far as the latencies go */
+    pump->now = mmc_clock_ns(); /* when they ended, as far as the latencies go */
     n = mmc_queue_turn(queue->queue, NULL, 0, done, room, 0);
     for (i = 0; i < n; i++) {
         struct mmc_pump_event *event = mmc_pump_tell(pump, MMC_PUMP_RESULT, queue->number);
@@ -359,7 +349,7 @@ static void collect_all(struct mmc_pump *pump)
  * vain, and the next few are slept through. So what nobody uses costs nothing. */
 static int look(struct mmc_pump *pump, struct epoll_event *ready)
 {
-    const uint64_t until = clock_ns() + SPIN_NS;
+    const uint64_t until = mmc_clock_ns() + SPIN_NS;
     int n;
 
     if (!pump->is_brisk || pump->unspun) {
@@ -370,7 +360,7 @@ static int look(struct mmc_pump *pump, struct epoll_event *ready)
         n = epoll_wait(pump->epoll, ready, READY_MAX, 0);
         if (n == 0)
             sched_yield(); /* to clients: they may have no other CPU */
-    } while (n == 0 && clock_ns() < until);
+    } while (n == 0 && mmc_clock_ns() < until);
     if (n == 0)
         pump->unspun = UNSPUN;
     return n;
@@ -383,10 +373,10 @@ static int wait_for(struct mmc_pump *pump, struct epoll_event *ready, int ms)
 
     if (n)
         return n;
-    start = clock_ns();
+    start = mmc_clock_ns();
     n = epoll_wait(pump->epoll, ready, READY_MAX, ms);
     if (ms)
-        pump->is_brisk = n != 0 && clock_ns() - start < BRISK_NS;
+        pump->is_brisk = n != 0 && mmc_clock_ns() - start < BRISK_NS;
     return n;
 }
 
@@ -404,7 +394,7 @@ static int wait(struct mmc_pump *pump, uint64_t deadline)
     else if (deadline != UINT64_MAX)
         ms = ms_until(pump, deadline);
     n = wait_for(pump, ready, ms);
-    pump->now = clock_ns();
+    pump->now = mmc_clock_ns();
     if (n >= 0) {
         serve(pump, ready, n);
         return n;
@@ -472,7 +462,7 @@ int mmc_pump_turn(struct mmc_pump *pump, int timeout_ms, struct mmc_pump_event *
     pump->max = max;
     pump->must_return = false;
     pump->interrupted = 0;
-    pump->now = clock_ns();
+    pump->now = mmc_clock_ns();
     set_turning(pump, true);
     rc = run(pump, timeout_ms);
     if (pump->count)

@@ -19,6 +19,14 @@
 #define NS_PER_S 1000000000L
 #define NS_PER_MS 1000000L
 
+uint64_t mmc_clock_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * NS_PER_S + (uint64_t)now.tv_nsec;
+}
+
 struct mmc_deadline mmc_deadline_in(int timeout_ms)
 {
     struct mmc_deadline deadline = {.is_never = timeout_ms < 0};

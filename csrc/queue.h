@@ -69,6 +69,9 @@ void mmc_queue_retire(struct mmc_queue *queue, uint64_t count, struct mmc_reques
  * finished with that error. Never waits. */
 void mmc_queue_push(struct mmc_queue *queue, struct mmc_requests *batch);
 
+/* The monotonic clock. */
+uint64_t mmc_clock_ns(void);
+
 /* When a wait ends; timeout_ms as in mmc_queue_turn. */
 struct mmc_deadline {
     bool is_never;

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 
+#include "queue.h"
 #include "test.h"
 
 #define BLOCK 4096
@@ -196,14 +197,6 @@ static void test_requests(int backend, int is_random, uint32_t read_percent)
     tear_down(&rig);
 }
 
-static uint64_t clock_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
-}
-
 /* One after the other, none is on its way in the time of another: together they take no longer than
  * all of it. */
 static void test_times_of_one_at_a_time(int backend)
@@ -217,9 +210,9 @@ static void test_times_of_one_at_a_time(int backend)
     plan.depth = 1;
     set_up(&rig, backend, &layer);
     load = open_load(&rig, &plan);
-    began = clock_ns();
+    began = mmc_clock_ns();
     CHECK_EQUAL(run(load), MMC_LOAD_OVER);
-    CHECK(mmc_load_times(load, MMC_WRITE)->total <= clock_ns() - began);
+    CHECK(mmc_load_times(load, MMC_WRITE)->total <= mmc_clock_ns() - began);
     mmc_load_close(load);
     tear_down(&rig);
 }
