@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> int:
-        if not any((args.dir / "results").glob("*.json")):
+        if not any((args.dir / RESULTS).glob("*.json")):
             raise Failed(f"{args.dir}: has no results/*.json")
         print(write(args.dir))
         return 0
