@@ -17,6 +17,7 @@ Never: speaks NBD (``nbd``), changes a layer by itself (``nbd.live``), needs a l
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import ssl
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from mmcow.nbd.export import Export
     from mmcow.nbd.live import Stream
     from mmcow.storage.file import Cache
+
+log = logging.getLogger("mmcow.nbd")
 
 Path: TypeAlias = str | os.PathLike[str]
 Disk: TypeAlias = Path | Image | aio.Image
@@ -147,6 +150,8 @@ class Serving:
         self._ending: AsyncExitStack | None = None
         self._closed = False
         self._quit = asyncio.Event()
+        self._why = ""  # it ends, for the log
+        self._began = 0.0
 
     # ---- life ----
 
@@ -159,7 +164,7 @@ class Serving:
             self._ending = stack
             server = await self._over_images(stack)
             if plan.control is not None:
-                listener = Control(server, self.quit)
+                listener = Control(server, lambda: self.quit("quit command"))
                 await listener.listen(plan.control)
                 stack.push_async_callback(listener.close)
             uris = await server.listen_on(plan.sockets)
@@ -171,6 +176,7 @@ class Serving:
                 server.background(self._watch_idle(server, plan.exit_when_idle))
             self._uris = tuple(uris)
             self._server = server
+            self._began = server.loop.time()
             self._ending = stack.pop_all()
 
     async def _over_images(self, stack: AsyncExitStack) -> Server:
@@ -211,7 +217,18 @@ class Serving:
         self._closed = True
         ending, self._ending = self._ending, None
         if ending is not None and self._server is not None:
-            await ending.aclose()
+            try:
+                await ending.aclose()
+            except BaseException:
+                self._tell_end(self._server, logging.WARNING, "with an error")
+                raise
+            self._tell_end(self._server, logging.INFO, "all is flushed")
+
+    def _tell_end(self, server: Server, level: int, how: str) -> None:
+        seconds = server.loop.time() - self._began
+        clients = f"{server.attached} client{'' if server.attached == 1 else 's'}"
+        why = self._why or "closed by its program"
+        log.log(level, "server ended (%s), %s: %s in %.0f s", why, how, clients, seconds)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -226,13 +243,16 @@ class Serving:
         if error is None:
             await self.close()
             return
+        self._why = self._why or f"after {type(error).__name__}"
         try:
             await self.close()
         except Exception as second:  # noqa: BLE001 - the first error is the one to see
             error.add_note(f"the end of the server failed too: {second}")
 
-    def quit(self) -> None:
-        """Let ``wait_quit`` return; closes nothing. ``mmcow ctl ... quit`` does this too."""
+    def quit(self, why: str = "") -> None:
+        """Let ``wait_quit`` return; closes nothing. ``mmcow ctl ... quit`` does this too. ``why``:
+        for the line of the log about the end; the first one counts."""
+        self._why = self._why or why
         self._quit.set()
 
     async def wait_quit(self) -> None:
@@ -244,7 +264,7 @@ class Serving:
         while not self._quit.is_set():
             since, now = server.idle_since, server.loop.time()
             if since is not None and now - since >= seconds:
-                self.quit()
+                self.quit(f"idle for {seconds:g} s")
                 return
             wait = seconds if since is None else since + seconds - now
             await asyncio.sleep(max(wait, 0.01))

@@ -139,15 +139,15 @@ def _is_utf8(name: str) -> bool:
 
 
 async def _serve(arguments: argparse.Namespace, ui: Ui) -> int:
-    stop = asyncio.Event()
+    early: list[str] = []
     loop = asyncio.get_running_loop()
-    _on_signals(loop, stop.set)
+    _on_signals(loop, early.append)
     try:
         async with AsyncExitStack() as stack:
             server = await _start(arguments, ui, stack)
             _on_signals(loop, server.quit)
-            if stop.is_set():
-                server.quit()
+            for name in early:
+                server.quit(name)
             _tell_ready(server.uris, ui, quiet=bool(arguments.command) or arguments.quiet)
             stack.callback(_notify, "STOPPING=1")
             if not arguments.quiet and terminal.is_terminal(sys.stderr) and not arguments.command:
@@ -161,9 +161,10 @@ async def _serve(arguments: argparse.Namespace, ui: Ui) -> int:
             loop.remove_signal_handler(number)
 
 
-def _on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
+def _on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[str], None]) -> None:
+    """``stop`` is told a signal's name."""
     for number in _SIGNALS:
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number.name)
 
 
 async def _start(arguments: argparse.Namespace, ui: Ui, stack: AsyncExitStack) -> Serving:
@@ -274,6 +275,7 @@ async def _run_command(command: list[str], server: Serving) -> int:
     if not ended.done():
         process.terminate()
     status = await ended
+    server.quit(f"{words[0]} ended")
     return status if status >= 0 else 128 - status
 
 

@@ -253,6 +253,7 @@ class Connection(asyncio.BufferedProtocol):
         self._agreed = Agreed.of(handshake)
         self._rest = handshake.rest()  # the first requests; never more than was received at once
         export.connections += 1
+        self._server.attached += 1
         told = self._server.told.attached
         told.tell(f"client attached to export {export.name!r}{self.peer}")
         pump = self._server.pump()

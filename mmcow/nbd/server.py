@@ -94,6 +94,7 @@ class Server:
             name: Export(name, image, read_only=read_only) for name, image in images.items()
         }
         self.connections: set[Connection] = set()
+        self.attached = 0  # clients that were negotiated, ever
         self.memory = Memory(self.loop, self.connections)
         self._can_pump = tls is None and can_pump(images.values())
         self.idle_since: float | None = self.loop.time()

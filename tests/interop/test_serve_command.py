@@ -86,6 +86,8 @@ def test_signal_finishes_flushes_and_leaves_with_0(disk, number):
             client.write(5, b"hello")
             status, _, err = server.stop(number)
             assert status == 0, err
+    last = err.splitlines()[-1]
+    assert last.startswith(f"mmcow: server ended ({number.name}), all is flushed: 1 client in ")
     assert not os.path.exists("nbd.sock")
     with mmcow.open(disk) as image:
         assert image.read(5, 5) == b"hello"
@@ -163,6 +165,7 @@ def test_command_runs_against_the_export_and_its_status_is_ours(disk):
     with Server(disk, "--", sys.executable, "-c", script, "{uri}", wait=False) as server:
         status, _, err = server.end()
     assert status == 7, err
+    assert f"server ended ({sys.executable} ended)" in err
     with Server(disk, "--", "/nosuch/command", wait=False) as server:
         status, _, err = server.end()
     assert status == 1

@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import os
+import re
 import socket
 import stat
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -386,6 +390,66 @@ def test_wait_quit_when_idle(disk, sock):
             await asyncio.wait_for(waiting, 10)
 
     run(main)
+
+
+def last_line(caplog):
+    lines = [record.message for record in caplog.records if record.name == "mmcow.nbd"]
+    assert sum("ended" in line for line in lines) == 1
+    return re.sub(r"in \d+ s$", "in N s", lines[-1])
+
+
+@pytest.mark.parametrize("how", ["block", "error", "reasons", "command", "idle"])
+def test_the_log_says_why_it_ended(disk, sock, tmp_path, caplog, how):
+    caplog.set_level(logging.INFO, "mmcow.nbd")
+
+    async def main():
+        options = {"exit_when_idle": 0.05} if how == "idle" else {"control": tmp_path / "c"}
+        with suppress(ZeroDivisionError):
+            async with mmcow.serve(disk, socket=sock, **options) as server:
+                if how == "command":
+                    _, writer = await asyncio.open_unix_connection(tmp_path / "c")
+                    writer.write(b'{"execute": "quit"}\n')
+                if how in ("command", "idle"):
+                    await asyncio.wait_for(server.wait_quit(), 10)
+                if how == "command":
+                    writer.close()
+                    await writer.wait_closed()
+                await use(sock, (0, b"x"))
+                if how == "block":
+                    await use(sock, (0, b"x"))
+                if how == "reasons":
+                    server.quit("SIGTERM")
+                    server.quit("SIGINT")
+                if how == "error":
+                    raise ZeroDivisionError
+        await server.close()
+
+    run(main)
+    why, count = {
+        "block": ("closed by its program", "2 clients"),
+        "error": ("after ZeroDivisionError", "1 client"),
+        "reasons": ("SIGTERM", "1 client"),
+        "command": ("quit command", "1 client"),
+        "idle": ("idle for 0.05 s", "1 client"),
+    }[how]
+    assert last_line(caplog) == f"server ended ({why}), all is flushed: {count} in N s"
+
+
+def test_the_log_of_an_end_that_fails_says_so(disk, sock, caplog):
+    async def fail():
+        raise mmcow.StorageError(errno.EIO, "write", "vm.acow")
+
+    async def main():
+        server = mmcow.serve(disk, socket=sock)
+        await server.start()
+        await use(sock, (0, b"x"))
+        server.quit("SIGTERM")
+        server._server.exports[""].image.engine.flusher.flush = fail
+        with pytest.raises(mmcow.StorageError):
+            await server.close()
+
+    run(main)
+    assert last_line(caplog) == "server ended (SIGTERM), with an error: 1 client in N s"
 
 
 def test_too_many_clients(disk, sock):
