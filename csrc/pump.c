@@ -349,13 +349,14 @@ static void collect_all(struct mmc_pump *pump)
  * vain, and the next few are slept through. So what nobody uses costs nothing. */
 static int look(struct mmc_pump *pump, struct epoll_event *ready)
 {
-    const uint64_t until = mmc_clock_ns() + SPIN_NS;
+    uint64_t until;
     int n;
 
     if (!pump->is_brisk || pump->unspun) {
         pump->unspun -= pump->unspun > 0;
         return 0;
     }
+    until = mmc_clock_ns() + SPIN_NS;
     do {
         n = epoll_wait(pump->epoll, ready, READY_MAX, 0);
         if (n == 0)
@@ -369,14 +370,16 @@ static int look(struct mmc_pump *pump, struct epoll_event *ready)
 static int wait_for(struct mmc_pump *pump, struct epoll_event *ready, int ms)
 {
     uint64_t start;
-    int n = ms ? look(pump, ready) : 0;
+    int n;
 
+    if (!ms)
+        return epoll_wait(pump->epoll, ready, READY_MAX, 0);
+    n = look(pump, ready);
     if (n)
         return n;
     start = mmc_clock_ns();
     n = epoll_wait(pump->epoll, ready, READY_MAX, ms);
-    if (ms)
-        pump->is_brisk = n != 0 && mmc_clock_ns() - start < BRISK_NS;
+    pump->is_brisk = n != 0 && mmc_clock_ns() - start < BRISK_NS;
     return n;
 }
 
