@@ -7,6 +7,7 @@ Never: prints, opens images; decides which requests are made (``jobs.load``).
 
 from __future__ import annotations
 
+import errno
 import os
 import statistics
 import threading
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import psutil
 
-from mmcow.errors import ReadOnlyError, UsageError
+from mmcow.errors import ReadOnlyError, StorageError, UsageError
 from mmcow.jobs.helper_load import HelperLoad
 from mmcow.jobs.latency import Histogram
 from mmcow.jobs.load import Load, PythonLoad, Times
@@ -283,22 +284,31 @@ class _Threads:
 
     def run(self, tracker: _Tracker) -> None:
         """All of them, to their end."""
-        for thread in self._threads:
-            thread.start()
-        began = perf_counter_ns()
         try:
+            self._begin()
+            began = perf_counter_ns()
             for thread in self._threads:
                 while thread.is_alive():
                     thread.join(_PULSE)
                     self._pulse(tracker, began)
         except BaseException:
+            self._start.abort()  # some may wait there for one that cannot be started
             self._stop()
             raise
         finally:
             for thread in self._threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
         if self._errors:
             raise self._errors[0]
+
+    def _begin(self) -> None:
+        for number, thread in enumerate(self._threads, 1):
+            try:
+                thread.start()
+            except RuntimeError as error:  # so Python says that the system has none left
+                what = f"start of thread {number} of {len(self._threads)}"
+                raise StorageError(errno.EAGAIN, what, "mmcow") from error
 
     def _pulse(self, tracker: _Tracker, began: int) -> None:
         done = sum(driver.done for driver in self._drivers)
@@ -309,7 +319,10 @@ class _Threads:
             driver.stop()
 
     def _main(self, driver: Driver) -> None:
-        self._start.wait()
+        try:
+            self._start.wait()
+        except threading.BrokenBarrierError:  # not all could be started
+            return
         try:
             while not driver.run():
                 pass

@@ -78,6 +78,16 @@ class HelperLoad:
 
     def run(self) -> bool:
         """Go on for a while; True when everything is done. Raises what a request failed with."""
+        try:
+            return self._go_on()
+        except Exception:
+            raise
+        except BaseException as error:
+            # Between the helper and the reactor a completion may have been lost.
+            self._reactor.interrupted = error
+            raise
+
+    def _go_on(self) -> bool:
         now = self.times.go_on(self._part)
         until = now + self.SLICE_MS * 1_000_000
         self._reactor.check()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mmcow.nbd.pump import Event, Pump, Socket
     from mmcow.tasks import Completion
 
-# What the pump receives from a client at once (IN_BYTES in csrc/client.c). More than that moves
+# What the pump receives from a client at once (IN_BYTES in csrc/pump.h). More than that moves
 # only where the first request was valid.
 RECEIVE_MOST = 64 << 10
 _NO_PAYLOAD = memoryview(b"")

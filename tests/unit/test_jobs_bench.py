@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import ExitStack
 
@@ -10,9 +11,10 @@ import pytest
 
 import mmcow
 from mmcow import native
-from mmcow.errors import Cancelled, ReadOnlyError, StorageError, UsageError
+from mmcow.errors import Cancelled, Interrupted, ReadOnlyError, StorageError, UsageError
 from mmcow.jobs import bench, helper_load
 from mmcow.jobs.bench import Run, Side, Spread, measure
+from mmcow.jobs.helper_load import HelperLoad
 from mmcow.jobs.latency import Histogram
 from mmcow.jobs.load import Load
 from mmcow.storage.linux import LinuxHost
@@ -222,6 +224,37 @@ def test_error_in_one_thread_stops_all(raw, monkeypatch):
         monkeypatch.setattr(images[1].engine, "read", read)
         with pytest.raises(StorageError, match="the-file"):
             measure([Side("a", images)], load)
+
+
+@pytest.mark.parametrize("last", [0, 2])
+def test_thread_that_cannot_be_started_is_an_error_and_ends_the_others(raw, monkeypatch, last):
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == f"load-{last}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    load = Load(count=300, threads=3)
+    with mmcow.open(raw, format="raw") as image:
+        with pytest.raises(StorageError, match=f"thread {last + 1} of 3: Resource temporarily"):
+            measure([Side("a", [image] * 3)], load)
+        assert image.read(0, 512)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load-")]
+
+
+def test_interrupt_on_the_way_of_a_completion_hangs_nobody(raw, monkeypatch):
+    def attend(self, why):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HelperLoad, "_attend", attend)
+    load = Load(seconds=60, depth=4, block=1000)  # not aligned: the helper misses
+    with mmcow.open(raw, format="raw", host=LinuxHost(hits=True)) as image:
+        with pytest.raises(KeyboardInterrupt):
+            measure([Side("a", [image])], load)
+        with pytest.raises(Interrupted):
+            image.read(0, 512)
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_runs(raw):
