@@ -308,7 +308,7 @@ class _Threads:
                 thread.start()
             except RuntimeError as error:  # so Python says that the system has none left
                 what = f"start of thread {number} of {len(self._threads)}"
-                raise StorageError(errno.EAGAIN, what, "mmcow") from error
+                raise StorageError(errno.EAGAIN, what, "bench") from error
 
     def _pulse(self, tracker: _Tracker, began: int) -> None:
         done = sum(driver.done for driver in self._drivers)
