@@ -14,7 +14,9 @@ of several sectors is. A request that was in flight may have reached any of its 
 The length of a file is such a row of versions too, and is chosen independently of the sectors:
 a longer file whose new sectors did not survive reads zeros there; sectors beyond the surviving
 length are gone. One thing is tied, because every file system ties it: a truncation zeroes
-what it cuts off exactly if the shorter length (or a later one) survives.
+what it cuts off exactly if the shorter length (or a later one) survives. Only a power cut loses
+what lies beyond the length that the disk has: a sync that began before a file grew may
+cover the new bytes and not the new length, and the next one the length alone.
 
 A directory is a durable table of names and a list of changes since. Each change (a name made,
 removed, or a rename, which is one change for both names) may have reached the disk without
@@ -188,8 +190,11 @@ class Inode:
             index = _choose(rng, versions, since, mood, cut_at)
             if index >= 0:
                 durable[sector * SECTOR : (sector + 1) * SECTOR] = versions[index].data
-            if index + 1 < len(versions):
-                left[sector] = versions[index + 1 :]
+            # What reached the disk beyond a length that did not is there when the length does.
+            hidden = self.lengths and (sector + 1) * SECTOR > self.durable_length
+            first = max(index, 0) if hidden else index + 1
+            if first < len(versions):
+                left[sector] = versions[first:]
         self.versions = left
         # Beyond its end the durable file has nothing: what comes back there later is zeros.
         del durable[-(-self.durable_length // SECTOR) * SECTOR :]

@@ -88,6 +88,25 @@ def test_write_completed_during_a_sync_may_stay_behind() -> None:
     assert kept == {1, 2}
 
 
+@pytest.mark.parametrize("length", [1024, 1124])  # where the file ends: at a sector's end, within
+def test_what_a_sync_covered_beyond_the_length_is_there_with_the_length(length: int) -> None:
+    found = set()
+    for seed in range(60):
+        host = SimHost(seed)
+        host.put("/d/f", b"o" * length)
+        handle = host.open("/d/f", write=True, direct=False)
+        queue = host.queue()
+        early = queue.datasync(handle)
+        handle.write_at(1024, A + B)
+        turn_all(queue)
+        assert early.done
+        found |= {content[1024:] for content in found_after_cuts(host, 20)}
+        handle.datasync()
+        assert found_after_cuts(host, 20) == {b"o" * 1024 + A + B}
+    old = b"o" * (length - 1024)
+    assert {old, A[: length - 1024], A + B} <= found
+
+
 def test_completions_come_in_any_order() -> None:
     orders = set()
     for seed in range(50):
