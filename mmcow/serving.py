@@ -32,6 +32,7 @@ from mmcow.image import Image
 from mmcow.nbd import live
 from mmcow.nbd.arguments import file_name, same_path, whole_number
 from mmcow.nbd.control import Control
+from mmcow.nbd.mistaken import require_raw_content
 from mmcow.nbd.server import CONNECTIONS_MOST, Server, tls_context
 from mmcow.nbd.status import activity_of, status_of
 
@@ -193,6 +194,7 @@ class Serving:
             for name, disk in plan.disks.items():
                 image = await self._open(disk)
                 opened.push_async_callback(image.close)
+                await asyncio.to_thread(require_raw_content, image.image)
                 images[name] = image
             server = Server(
                 images,

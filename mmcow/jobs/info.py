@@ -139,7 +139,7 @@ def _join(host: Host | FileHost, path: str, found: Inspection, actual: int) -> I
     """Header and ``stat`` together."""
     data_path = _resolved(path, "data file", found.data_file)
     facts = None if data_path is None else _look_up(host, data_path)
-    data_size = None if facts is None else _length(facts)
+    data_size = None if facts is None else length_of(facts)
     size = found.size
     if size is None and data_size is not None:
         size = align_up(data_size, SECTOR)
@@ -178,7 +178,7 @@ def _look_up(host: Host | FileHost, path: str) -> Stat | None:
         return None
 
 
-def _length(facts: Stat) -> int | None:
+def length_of(facts: Stat) -> int | None:
     """A file's length. Of a device ``stat`` does not know it, but the kernel tells without opening
     the device."""
     if facts.kind == "file":

@@ -249,11 +249,17 @@ def start_stream(server: Server, export: Export, rate: int = 0) -> Stream:
 async def snapshot(export: Export, name: str, data_file: str | None = None) -> str:
     """Freeze the running layer as ``name``; returns its path. See ``mmcow.jobs.snapshot``."""
     image = export.image
+    layer = image.image.layers[0]
     frozen = await image.perform(
         lambda: image.reactor.spawn(take(image.image, name, data_file=data_file))
     )
     assert isinstance(frozen, str)
     log.info("export %r: frozen as %s; writes go to %s", export.name, frozen, image.path)
+    if layer.format == "raw" and not layer.probed:
+        log.warning(
+            "export %r: %s was opened as raw and is an add-cow image from now on: "
+            "-f raw must be left out", export.name, image.path,
+        )  # fmt: skip
     return frozen
 
 
