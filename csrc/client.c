@@ -117,6 +117,9 @@ void mmc_client_ease(struct mmc_client *client)
         client->held &= ~(uint32_t)HELD_FULL;
     if (client->unread <= UNREAD_MAX / 2)
         client->held &= ~(uint32_t)HELD_UNREAD;
+    /* Its share it may use whoever stands in the line before it. */
+    if (client->memory + client->wanted <= limits->share)
+        client->held &= ~(uint32_t)HELD_ROOM;
     if (!is_stopped(client) && has_work(client))
         mmc_pump_enlist(client, LIST_BUSY);
     mmc_client_rewatch(client);

@@ -88,6 +88,7 @@ class Connection(asyncio.BufferedProtocol):
         self._out: list[bytes | memoryview] = []  # replies that leave together
         self._out_memory = 0  # of the buffers in _out
         self._unread_memory = 0  # of replies that the client has not read
+        self._received = self._written = 0  # bytes, ever
         self._in_turn = False
         self._started = False  # a request was begun in this turn
         self._asked = False  # there was a valid request, ever
@@ -184,6 +185,7 @@ class Connection(asyncio.BufferedProtocol):
             if "tls" not in self._held:  # else before start_tls has returned: it has to wait
                 self._negotiate(self._handshake)
         elif self.export is not None:
+            self._received += nbytes
             if self._request is not None:
                 self._filled += nbytes
             else:
@@ -533,6 +535,7 @@ class Connection(asyncio.BufferedProtocol):
         out = self._out
         if out:
             self._out = []
+            self._written += sum(map(len, out))
             if self._transport.is_closing():  # the client is gone, which is told later
                 pass
             elif len(out) == 1:
@@ -571,13 +574,13 @@ class Connection(asyncio.BufferedProtocol):
         if self._held:  # it cannot use the room now, so it must not stand in the way
             self._server.memory.forget(self)
 
-    def stall(self) -> object | None:
-        """What the server waits for from this client, if for anything: see ``memory``."""
+    def moved(self) -> int | None:
+        """See ``memory.Holder``."""
         if self._pumped is not None:
-            return self._pumped.stall()
+            return self._pumped.moved()
         if self._request is None and "replies" not in self._held:
             return None
-        return self._request, self._filled, self._transport.get_write_buffer_size()
+        return self._received + self._written - int(self._transport.get_write_buffer_size())
 
     def _hold(self, why: str) -> None:
         self._held.add(why)

@@ -6,9 +6,10 @@ keeps room from others.
 Never: allocates; knows what a buffer is for.
 
 Each client may always use ``SHARE``, so that a few that take everything cannot stop the others.
-Beyond that room is given in order of arrival. A client that holds more than its share, for whose
-bytes the server waits (the rest of a payload, the reading of replies) and that does not move for
-``STALL_SECONDS`` while somebody waits for room, is dropped.
+Beyond that room is given in order of arrival. While somebody waits for room, a client that holds
+more than its share and for whose bytes the server waits (the rest of a payload, the reading of
+replies) must move: at its pace it has to be through with what it holds in ``THROUGH_SECONDS``.
+One that is slower from one look to the next is dropped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
 MEMORY_MOST = 256 << 20
 SHARE = 256 << 10
-STALL_SECONDS = 15.0
+# From one look to the next where one client waits; with more it comes sooner, up to so many times.
+# Whoever was dropped may be followed by another of its kind: 200 that do not move are gone in half
+# a minute, and were not in seven at a look in 15 s.
+LOOK_SECONDS = 15.0
+SOONER_MOST = 15
+THROUGH_SECONDS = 60.0
 
 
 class Holder(Protocol):
@@ -36,9 +42,8 @@ class Holder(Protocol):
     def room_came(self) -> None:
         """Trying again is worth it."""
 
-    def stall(self) -> object | None:
-        """None while the server does not wait for this client; else something that changes when
-        the client moves."""
+    def moved(self) -> int | None:
+        """Bytes received and sent so far; None while the server does not wait for this client."""
 
     def drop(self, why: str) -> None:
         """Close at once."""
@@ -99,22 +104,34 @@ class Memory:
         if self._watch is None:
             self._look()
 
+    @property
+    def _waiting_count(self) -> int:
+        return len(self._waiting) + (self.pump.waiting if self.pump is not None else 0)
+
     def _look(self) -> None:
         """Somebody waits: note where those stand who could be in the way."""
-        stalls = {
-            holder: stall
+        stands = {
+            holder: (holder.memory, moved)
             for holder in self._holders
-            if holder.memory > SHARE and (stall := holder.stall()) is not None
+            if holder.memory > SHARE and (moved := holder.moved()) is not None
         }
-        self._watch = self._loop.call_later(STALL_SECONDS, self._look_again, stalls)
+        seconds = LOOK_SECONDS / min(max(self._waiting_count, 1), SOONER_MOST)
+        self._watch = self._loop.call_later(seconds, self._look_again, stands, seconds)
 
-    def _look_again(self, before: dict[Holder, object]) -> None:
+    def _look_again(self, before: dict[Holder, tuple[int, int]], seconds: float) -> None:
         self._watch = None
-        if not self._waiting and not (self.pump is not None and self.pump.waiting):
+        if not self._waiting_count:
             return
-        for holder, stall in before.items():
-            if holder in self._holders and holder.memory > SHARE and holder.stall() == stall:
-                holder.drop(f"did not move for {STALL_SECONDS:g} s while others wait for memory")
+        for holder, (held, stood) in before.items():
+            moved = holder.moved() if holder in self._holders else None
+            if moved is None or holder.memory <= SHARE:
+                continue
+            # Of what it held all the time.
+            if (moved - stood) * THROUGH_SECONDS < min(held, holder.memory) * seconds:
+                holder.drop(
+                    f"moved {moved - stood} bytes in {seconds:.3g} s, holding {holder.memory}, "
+                    "while others wait for memory"
+                )
         self._look()
 
     def close(self) -> None:

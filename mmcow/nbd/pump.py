@@ -120,9 +120,9 @@ class Pump:
         return int(self._state.room) if self._pump is not None else 0
 
     @property
-    def waiting(self) -> bool:
-        """Whether clients wait for room."""
-        return self._pump is not None and self._state.waiting > 0
+    def waiting(self) -> int:
+        """How many clients wait for room."""
+        return int(self._state.waiting) if self._pump is not None else 0
 
     # ---- clients ----
 

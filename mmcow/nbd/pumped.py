@@ -31,6 +31,10 @@ RECEIVE_MOST = 64 << 10
 _NO_PAYLOAD = memoryview(b"")
 
 
+def _nobody_is_told(broken: str | None) -> None:
+    """``over`` of a client that is gone."""
+
+
 class Answer:
     """The one that a request gets."""
 
@@ -91,7 +95,7 @@ class Pumped:
         """Whether it surely had a valid request; not told of who moved little."""
         return int(self._look().moved) > RECEIVE_MOST
 
-    def stall(self) -> object | None:
+    def moved(self) -> int | None:
         """See ``memory.Holder``."""
         facts = self._look()
         return int(facts.moved) if facts.is_awaited else None
@@ -113,6 +117,7 @@ class Pumped:
         client, self._client = self._client, None
         if client is not None:
             self._pump.drop(self._number, client)
+        self._over = _nobody_is_told  # no cycle with the connection is left to the collector
 
     def _look(self) -> Any:
         if self._client is None:

@@ -11,6 +11,7 @@ import asyncio
 import gc
 import os
 import threading
+import time
 from contextlib import contextmanager
 
 import mmcow
@@ -148,3 +149,9 @@ def make_overlay(folder, base, size=None, **options):
         path, format="add-cow", size=size, backing=base, backing_format="raw", options=options
     )
     return path
+
+def wait_for(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()

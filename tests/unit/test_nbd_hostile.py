@@ -16,7 +16,7 @@ from mmcow.nbd import connection, handshake, memory
 from tests.fuzz import nbd as fuzz
 from tests.unit import nbd_client as nbd
 from tests.unit.nbd_client import Client, connect
-from tests.unit.nbd_serving import MIB, make_overlay, make_raw, resident, serving
+from tests.unit.nbd_serving import MIB, make_overlay, make_raw, resident, serving, wait_for
 
 pytestmark = [pytest.mark.hostile, pytest.mark.usefixtures("way")]
 
@@ -288,10 +288,3 @@ def test_fuzz(tmp_path, rng):
     seed = rng.randrange(1 << 32)
     print("seed", seed)
     assert fuzz.run(tmp_path, seed, 8) > 50
-
-
-def wait_for(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()

@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -21,7 +22,7 @@ from mmcow.nbd import connection, memory, peers, server
 from mmcow.tasks import Completion
 from tests.unit import nbd_client as nbd
 from tests.unit.nbd_client import Client, connect
-from tests.unit.nbd_serving import MIB, Serving, make_overlay, make_raw, serving
+from tests.unit.nbd_serving import MIB, Serving, make_overlay, make_raw, serving, wait_for
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -281,7 +282,7 @@ class TestLimits:
     def test_memory_is_shared_out(self, tmp_path, image, monkeypatch):
         """Clients that take all of it and do not move stop nobody for long."""
         monkeypatch.setattr(memory, "MEMORY_MOST", 2 * MIB)
-        monkeypatch.setattr(memory, "STALL_SECONDS", 0.3)
+        monkeypatch.setattr(memory, "LOOK_SECONDS", 0.3)
         disk = make_raw(tmp_path / "big.raw", bytes(8 * MIB))
         with serving(disk, tmp_path / "s") as served:
             hogs = [connect(served.path) for _ in range(2)]
@@ -298,6 +299,60 @@ class TestLimits:
             for hog in hogs:
                 hog.close()
 
+    @pytest.mark.parametrize("move", ["send", "read"])
+    def test_moving_a_little_is_not_enough(self, tmp_path, monkeypatch, move):
+        monkeypatch.setattr(memory, "MEMORY_MOST", 8 * MIB)
+        monkeypatch.setattr(memory, "LOOK_SECONDS", 0.5)
+        disk = make_raw(tmp_path / "big.raw", bytes(8 * MIB))
+        with serving(disk, tmp_path / "s") as served, ExitStack() as stack:
+            hogs = [stack.enter_context(connect(served.path)) for _ in range(2)]
+            for hog in hogs:
+                if move == "send":
+                    hog.send(nbd.request(nbd.WRITE, 1, 0, 4 * MIB) + b"z")
+                else:
+                    hog.send(nbd.request(nbd.READ, 1, 0, 4 * MIB))
+            assert wait_for(lambda: served.server.memory.used == 8 * MIB)
+            client = stack.enter_context(connect(served.path))
+            client.send(nbd.request(nbd.READ, 1, 0, 2 * MIB))
+            until = time.monotonic() + 10
+            while not client_has_data(client) and time.monotonic() < until:
+                with suppress(OSError):  # some are dropped by now
+                    for hog in hogs:
+                        hog.send(b"z") if move == "send" else hog.socket.recv(100)
+                time.sleep(0.05)
+            client.sent[1] = nbd.Sent(nbd.READ, 0, 0, 2 * MIB)
+            assert client.next_reply()[1].data == bytes(2 * MIB)
+
+    def test_many_that_do_not_move_are_gone_soon(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(memory, "MEMORY_MOST", 2 * MIB)
+        monkeypatch.setattr(memory, "LOOK_SECONDS", 1.5)
+        disk = make_raw(tmp_path / "big.raw", bytes(8 * MIB))
+        with serving(disk, tmp_path / "s") as served, ExitStack() as stack:
+            for _ in range(40):  # two at a time have room
+                hog = stack.enter_context(connect(served.path))
+                hog.send(nbd.request(nbd.WRITE, 1, 0, MIB) + b"z")
+            client = stack.enter_context(connect(served.path))
+            began = time.monotonic()
+            assert client.read(0, MIB) == bytes(MIB)
+            assert time.monotonic() - began < 10, "a look for each two of them would be 30 s"
+
+    def test_share_is_there_for_one_request_after_the_other(self, tmp_path, monkeypatch):
+        """Nobody is dropped here, and room never comes: only the share is left."""
+        monkeypatch.setattr(memory, "MEMORY_MOST", 2 * MIB)
+        monkeypatch.setattr(memory, "LOOK_SECONDS", 1000.0)
+        disk = make_raw(tmp_path / "big.raw", bytes(8 * MIB))
+        with serving(disk, tmp_path / "s") as served, ExitStack() as stack:
+            for _ in range(2):
+                hog = stack.enter_context(connect(served.path))
+                hog.send(nbd.request(nbd.WRITE, 1, 0, MIB) + b"z")
+            assert wait_for(lambda: served.server.memory.used == 2 * MIB)
+            client = stack.enter_context(connect(served.path))
+            for number in range(20):
+                client.sent[number] = nbd.Sent(nbd.READ, 0, 0, memory.SHARE)
+                client.send(nbd.request(nbd.READ, number, 0, memory.SHARE))
+            for _ in range(20):
+                assert client.next_reply()[1].data == bytes(memory.SHARE)
+
     def test_who_waits_for_memory_gets_it_in_order(self):
         loop = asyncio.new_event_loop()
 
@@ -309,7 +364,7 @@ class TestLimits:
             def room_came(self):
                 self.calls += 1
 
-            def stall(self):
+            def moved(self):
                 return None
 
         one, two, three = Holder(), Holder(), Holder()
