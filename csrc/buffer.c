@@ -7,6 +7,9 @@
 
 #include <errno.h>
 #include <string.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include "mmc.h"
 #include "pages.h"
@@ -33,4 +36,12 @@ void *mmc_buffer_alloc(uint64_t size, uint64_t alignment, int *error)
 void mmc_buffer_free(void *buffer)
 {
     mmc_memory_give(buffer);
+}
+
+void mmc_memory_trim(void)
+{
+    mmc_pages_trim();
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }

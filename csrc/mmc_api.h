@@ -85,6 +85,10 @@ void mmc_queue_close(struct mmc_queue *queue);
  * kernel grants them (pages.h), and are kept for reuse when freed. */
 void *mmc_buffer_alloc(uint64_t size, uint64_t alignment, int *error);
 void mmc_buffer_free(void *buffer);
+/* Gives back to the kernel what nobody uses: buffers kept for reuse, and free memory of the heap,
+ * which malloc (glibc's) keeps where it lies below a block in use. Walks the whole heap: for when
+ * there is nothing else to do. */
+void mmc_memory_trim(void);
 int mmc_is_zero(const void *data, uint64_t length); /* 1 or 0 */
 /* Number of leading bytes of equal class: scans `length` bytes in blocks of
  * `block`; sets *zero to the first block's class; returns bytes in the run. */

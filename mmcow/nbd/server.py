@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from mmcow.errors import StorageError, UsageError
+from mmcow.native import lib
 from mmcow.nbd.connection import Connection, pump_limits
 from mmcow.nbd.export import Export
 from mmcow.nbd.memory import Memory
@@ -44,6 +45,9 @@ PARTING_SECONDS = 5.0
 DEAF_SECONDS = 1.0
 # Descriptors left for images, listeners and the program around.
 DESCRIPTORS_KEPT = 128
+# How long after the last client left the memory of all goes back to the kernel: many leave at
+# once, and who comes one after the other needs it again.
+TRIM_SECONDS = 1.0
 
 
 class SocketName(NamedTuple):
@@ -107,6 +111,7 @@ class Server:
         self._parted = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
         self._closed: asyncio.Future[None] | None = None
+        self._trimming: asyncio.TimerHandle | None = None
 
     # ---- listening ----
 
@@ -226,6 +231,14 @@ class Server:
         if not self.connections:
             self._parted.set()
             self.idle_since = self.loop.time()
+            if self._trimming is None:
+                self._trimming = self.loop.call_later(TRIM_SECONDS, self._trim)
+
+    def _trim(self) -> None:
+        """A process may wait for clients for weeks, with what a thousand of them had needed."""
+        self._trimming = None
+        if not self.connections:
+            lib.mmc_memory_trim()
 
     def background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run a coroutine beside the requests; it is awaited or cancelled at the end."""
@@ -276,6 +289,8 @@ class Server:
         await self._part(PARTING_SECONDS)
         self.told.rest()
         self.memory.close()
+        if self._trimming is not None:
+            self._trimming.cancel()
         if first is not None:
             raise first
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -139,7 +140,8 @@ def test_control_verbs(disk):
         ]
         assert "2 MiB" in ctl("resize", "+1M")
         ctl("flush")
-        assert "no base" in ctl("stream", status=1)
+        assert "completed: 100.0 %" in ctl("stream")
+        assert "completed: 100.0 %" in ctl("stream", "--wait")
         assert "must be" in ctl("stream", "fly", status=1)
         assert "--as" in ctl("snapshot", status=1)
         assert "--rate goes with stream" in ctl("flush", "--rate", "5", status=1)
@@ -449,3 +451,26 @@ def test_nbdinfo_as_the_command(disk):
     with Server(disk, "--", "nbdinfo", "--size", "{uri}", wait=False) as server:
         status, out, err = server.end()
     assert (status, out.strip()) == (0, str(MIB)), err
+
+
+def resident(pid):
+    """MiB of memory that are a process's own."""
+    with open(f"/proc/{pid}/status") as file:
+        line = next(line for line in file if line.startswith("RssAnon:"))
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_memory_of_clients_that_are_gone_goes_back(disk):
+    with Server("--socket", "nbd.sock", disk) as server:
+        before = resident(server.process.pid)
+        for _ in range(4):
+            clients = [attach() for _ in range(600)]
+            for client in clients:
+                client.close()
+        held = resident(server.process.pid)
+        until = time.monotonic() + 20
+        while (after := resident(server.process.pid)) > before + 8 and time.monotonic() < until:
+            time.sleep(0.1)
+        assert after <= before + 8, f"{before} MiB, then {held}, and still {after}"
+        assert server.stop()[0] == 0

@@ -605,6 +605,22 @@ def test_aligned_buffer_that_cannot_be(alignment):
     assert refused.value.errno in (errno.EINVAL, errno.ENOMEM)
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_trim_gives_the_heap_back():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    blocks = [ctypes.memset(libc.malloc(64 << 10), 1, 64 << 10) for _ in range(1000)]
+    last = blocks.pop()  # all others lie below it
+    for block in blocks:
+        libc.free(block)
+    before = Path("/proc/self/statm").read_text().split()[1]
+    lib.mmc_memory_trim()
+    after = Path("/proc/self/statm").read_text().split()[1]
+    assert (int(before) - int(after)) * mmap.PAGESIZE > 40 << 20
+    libc.free(last)
+
+
 def test_is_zero():
     assert native.is_zero(b"")
     assert native.is_zero(bytes(100))
