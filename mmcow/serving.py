@@ -83,7 +83,7 @@ def serve(
     does). ``control``: path of a Unix socket for ``mmcow ctl``. ``tls``: a context, or a directory
     with server-cert.pem and server-key.pem; with ``tls_verify_peer`` clients need a certificate of
     its ca-cert.pem. ``exit_when_idle``: ``wait_quit`` returns after so many seconds without a
-    client.
+    client and without a stream that runs.
     """
     try:
         asyncio.get_running_loop()
@@ -258,13 +258,14 @@ class Serving:
         self._quit.set()
 
     async def wait_quit(self) -> None:
-        """Wait until somebody wants the server to end: ``quit``, or nobody for ``exit_when_idle``
-        seconds. For programs that do nothing but serve; ending the block is up to the caller."""
+        """Wait until somebody wants the server to end: ``quit``, or neither a client nor a running
+        stream for ``exit_when_idle`` seconds. For programs that do nothing but serve; ending the
+        block is up to the caller."""
         await self._quit.wait()
 
     async def _watch_idle(self, server: Server, seconds: float) -> None:
         while not self._quit.is_set():
-            since, now = server.idle_since, server.loop.time()
+            since, now = _idle_since(server), server.loop.time()
             if since is not None and now - since >= seconds:
                 self.quit(f"idle for {seconds:g} s")
                 return
@@ -354,6 +355,16 @@ class Serving:
         if here is not server.loop:
             raise UsageError("mmcow.serve: call this in the event loop that serves")
         return server
+
+
+def _idle_since(server: Server) -> float | None:
+    """Since when (the loop's time) there is no client, and no stream runs."""
+    latest = server.idle_since
+    for export in server.exports.values():
+        if latest is not None and export.stream is not None:
+            rests = export.stream.idle_since
+            latest = None if rests is None else max(latest, rests)
+    return latest
 
 
 async def _close(disk: Image | aio.Image) -> None:

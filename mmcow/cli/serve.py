@@ -72,7 +72,7 @@ def configure_serve(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--exit-when-idle", metavar="SECONDS", type=_seconds,
-        help="end after that long without a client",
+        help="end after that long without a client and without a stream that runs",
     )  # fmt: skip
     add_quiet(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="what to serve")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmcow.errors import Cancelled, JobError, MmcowError, ReadOnlyError, UsageError
 from mmcow.jobs.snapshot import take
-from mmcow.jobs.stream import let_go, missing
+from mmcow.jobs.stream import FLUSH_EVERY, PIECE, let_go, missing
 from mmcow.nbd.arguments import whole_number
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mmcow.nbd")
 
-# A stop repeats at most what was copied since the last flush.
+# A server that is killed loses at most what was copied since the last flush: FLUSH_EVERY bytes, or
+# as much as was copied in this time.
 FLUSH_SECONDS = 10.0
 
 
@@ -46,9 +47,12 @@ class Stream:
         self.rate = rate  # bytes a second, 0: as fast as guests leave room
         self.moved = 0  # bytes copied as data
         self.total = image.size
+        self.idle_since: float | None = None  # since when (the loop's time) it does not run
         self._export = export
         self._top = image.engine.top  # the layer that it fills
         self._filled = 0
+        self._unkept = 0  # bytes that it went over since the last flush,
+        self._unkept_since = 0.0  # the first of them at that time of the loop
         self._failure: Exception | None = None
         self._task: asyncio.Task[None] | None = None
         self._may_run = asyncio.Event()
@@ -60,6 +64,11 @@ class Stream:
     def active(self) -> bool:
         """Whether it will do more by itself or when resumed."""
         return self.state in ("running", "paused")
+
+    @property
+    def completed_all(self) -> bool:
+        """Whether it has completed, and the disk has got no base since (by a snapshot)."""
+        return self.state == "completed" and not self._export.image.engine.top.info.has_backing
 
     @property
     def done(self) -> int:
@@ -83,6 +92,7 @@ class Stream:
         """Stop after the piece in hand; ``resume`` goes on."""
         if self.state == "running":
             self.state = "paused"
+            self.idle_since = asyncio.get_running_loop().time()
             self._may_run.clear()
 
     def set_rate(self, rate: int) -> None:
@@ -96,6 +106,7 @@ class Stream:
             self.set_rate(rate)
         if self.state == "paused":
             self.state = "running"
+            self.idle_since = None
             self._may_run.set()
 
     def cancel(self) -> None:
@@ -128,6 +139,10 @@ class Stream:
             await self._pull_all()
         except asyncio.CancelledError:
             self._end("cancelled")
+            log.info(
+                "export %r: stream was cut at %d %% by the server's end; started again, it goes on",
+                name, 100 * self.done // max(self.total, 1),
+            )  # fmt: skip
             raise
         except Exception as error:  # noqa: BLE001 - told to whoever asks, never lost
             self._end("failed")
@@ -141,6 +156,7 @@ class Stream:
 
     def _end(self, state: str) -> None:
         self._filled, self.state = self.done, state
+        self.idle_since = asyncio.get_running_loop().time()
 
     async def _pull_all(self) -> None:
         """Copy everything, then let go of the base."""
@@ -148,18 +164,18 @@ class Stream:
         top = image.engine.top
         while not (await self._pull(top) and await self._let_go(top)):
             if self._cancelled:
+                await self._keep()
                 self._end("cancelled")
                 return
             top = image.engine.top
         self._filled = self.total
-        self.state = "completed"
+        self._end("completed")
 
     async def _pull(self, top: Driver) -> bool:
         """Copy all that ``top`` lacks. False where it was stopped, or a snapshot has put another
         layer on top, which lacks everything again."""
         image = self._export.image
         loop = asyncio.get_running_loop()
-        flushed = loop.time()
         self.total = image.size
         if top is not self._top:
             self._top, self._filled = top, 0
@@ -167,6 +183,8 @@ class Stream:
         for offset, length in missing(image.image):
             if piece is not None:  # the last one needs no rest behind it
                 await self._rest(*piece)
+            if not self._may_run.is_set():
+                await self._keep()  # who knows for how long
             await self._may_run.wait()
             if self._cancelled or image.engine.top is not top:
                 return False
@@ -179,13 +197,28 @@ class Stream:
             )
             self.moved += moved
             self._filled = min(offset + length, self.total)
+            if not self._unkept:
+                self._unkept_since = began
+            self._unkept += min(length, PIECE)
+            if self._unkept >= FLUSH_EVERY or self._keep_in <= 0:
+                await self._keep()
             took = loop.time() - began
             busy = self._export.counters.requests != served
             piece = moved, began, took if busy else 0.0
-            if loop.time() - flushed >= FLUSH_SECONDS:
-                await image.flush()
-                flushed = loop.time()
         return image.engine.top is top
+
+    @property
+    def _keep_in(self) -> float:
+        """Seconds until what was copied should be durable."""
+        if not self._unkept:
+            return FLUSH_SECONDS
+        return self._unkept_since + FLUSH_SECONDS - asyncio.get_running_loop().time()
+
+    async def _keep(self) -> None:
+        """Make what was copied durable."""
+        if self._unkept:
+            self._unkept = 0
+            await self._export.image.flush()
 
     async def _let_go(self, top: Driver) -> bool:
         """Drop what lies below ``top``. False where something was faster: a snapshot, and ``top``
@@ -201,7 +234,8 @@ class Stream:
 
     async def _rest(self, moved: int, began: float, guests: float) -> None:
         """Leave the disk to others: what the rate demands, and where guests are active as long as
-        the piece took (``guests``). A new rate counts at once, a cancellation ends it."""
+        the piece took (``guests``). A new rate counts at once, a cancellation ends it. What was
+        copied does not rest for long without being made durable."""
         loop = asyncio.get_running_loop()
         least = loop.time() + guests
         await asyncio.sleep(0)
@@ -210,9 +244,12 @@ class Stream:
             left = due - loop.time()
             if left <= 0:
                 return
+            if self._keep_in <= 0:
+                await self._keep()
+                continue
             self._asked.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout(left):
+                async with asyncio.timeout(min(left, self._keep_in)):
                     await self._asked.wait()
 
 
@@ -236,10 +273,14 @@ def find(server: Server, name: str | None) -> Export:
 
 
 def start_stream(server: Server, export: Export, rate: int = 0) -> Stream:
-    """Begin to pull the base in, at ``rate`` bytes a second at most (0: no limit)."""
-    rate = _rate(rate)
-    if export.stream is not None and export.stream.active:
-        raise UsageError(f"export {export.name!r}: a stream is {export.stream.state}")
+    """Begin to pull the base in, at ``rate`` bytes a second at most (0: no limit). Where a stream
+    of this server has brought everything already, that one is returned: who starts it and who waits
+    for it may be two, and it may be faster than the second."""
+    rate, last = _rate(rate), export.stream
+    if last is not None and last.active:
+        raise UsageError(f"export {export.name!r}: a stream is {last.state}")
+    if last is not None and last.completed_all:
+        return last
     stream = Stream(export, rate=rate)
     stream.start(server)
     export.stream = stream

@@ -40,6 +40,7 @@ from mmcow import aio
 from mmcow.errors import MmcowError
 from mmcow.image import Image
 from mmcow.nbd import connection as connections
+from mmcow.nbd import live
 from mmcow.nbd.control import LINE_MOST, Control
 from mmcow.nbd.export import Export
 from mmcow.nbd.protocol import NotFast
@@ -155,11 +156,14 @@ class ServerCase(Case):
             "TURN_MOST": self.rng.choice((1, 3, 64)),
             "JOIN_MOST": self.rng.choice((100, 3000, 64 << 10)),
         }
+        # A stream of its own, so that a seed's story is the one it was before.
+        flush_every = Random(f"{self.seed} stream").choice((512, 8192, 256 << 20))
         log = logging.getLogger("mmcow.nbd")
         was, log.disabled = log.disabled, True
         try:
             with (
                 mock.patch.multiple(connections, **bounds),
+                mock.patch.object(live, "FLUSH_EVERY", flush_every),
                 # A status tells of times: how long they are must not depend on this machine.
                 mock.patch("time.monotonic", self._time),
                 mock.patch.object(Export, "failed", self._failed_inside(Export.failed)),

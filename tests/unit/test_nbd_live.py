@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 
 import mmcow
 from mmcow.jobs.detach import detach
+from mmcow.nbd import live
 from mmcow.nbd.control import CLIENTS_MOST, LINE_MOST, Control
 from mmcow.nbd.live import Stream
 from tests.unit.nbd_client import Client
@@ -178,9 +180,13 @@ def test_stream_pauses_resumes_and_is_cancelled(controlled):
     controlled.wait_for_stream("cancelled")
     assert len(controlled.export()["chain"]) == 2
     controlled.execute("stream")
-    controlled.wait_for_stream("completed")
-    with pytest.raises(RuntimeError, match="no base"):
-        controlled.execute("stream")
+    stream = controlled.wait_for_stream("completed")
+    assert controlled.execute("stream") == stream  # who comes later finds it done
+    with pytest.raises(RuntimeError, match="no stream is running"):
+        controlled.execute("stream", action="pause")
+    controlled.execute("snapshot", name="s")
+    assert controlled.execute("stream")["state"] == "running"  # of the new layer
+    assert controlled.wait_for_stream("completed")["done"] == SIZE
 
 
 def test_start_with_a_rate_changes_that_of_the_stream_that_runs(controlled):
@@ -195,8 +201,63 @@ def test_start_with_a_rate_changes_that_of_the_stream_that_runs(controlled):
     controlled.execute("stream", action="resume")
     assert controlled.execute("stream", rate=0)["rate"] == 0
     controlled.wait_for_stream("completed")
-    with pytest.raises(RuntimeError, match="no base"):
-        controlled.execute("stream", rate=1)
+    assert controlled.execute("stream", rate=1)["state"] == "completed"
+
+
+def test_stream_of_a_disk_that_never_had_a_base(tmp_path):
+    path = tmp_path / "alone.acow"
+    mmcow.create(path, size=SIZE)
+    with serving(path, tmp_path / "nbd.sock") as served:
+        control = Controlled(served, str(tmp_path / "ctl.sock"))
+        with pytest.raises(RuntimeError, match="has no base"):
+            control.execute("stream")
+        assert control.export()["stream"] is None
+        control.close()
+
+
+def set_bits(disk):
+    """Clusters that a server killed now would leave behind."""
+    return int.from_bytes(disk.read_bytes()[4096:], "big").bit_count()
+
+
+@pytest.mark.parametrize("how", ["bytes", "seconds", "pause", "cancel"])
+def test_stream_makes_its_progress_durable_as_it_goes(controlled, disk, monkeypatch, how):
+    if how == "bytes":
+        monkeypatch.setattr(live, "FLUSH_EVERY", MIB)
+    if how == "seconds":
+        monkeypatch.setattr(live, "FLUSH_SECONDS", 0.2)
+    controlled.execute("stream", rate=1)  # one piece, then twelve days of rest
+    controlled.wait_for_moved()
+    if how == "pause":
+        assert set_bits(disk) == 0
+        controlled.execute("stream", action="pause")
+        controlled.execute("stream", rate=0)
+    elif how == "cancel":
+        assert set_bits(disk) == 0
+        controlled.execute("stream", action="cancel")
+    deadline = time.monotonic() + 20
+    while set_bits(disk) < MIB // 4096:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert controlled.export()["stream"]["moved"] == MIB
+    controlled.execute("stream", action="start" if how == "cancel" else "cancel")
+
+
+def test_stream_tells_of_a_flush_that_failed(controlled, monkeypatch, caplog):
+    async def fail():
+        raise mmcow.StorageError(errno.EIO, "write", "vm.acow")
+
+    monkeypatch.setattr(live, "FLUSH_EVERY", MIB)
+    engine = controlled.served.engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.flusher, "flush", fail)
+        controlled.execute("stream")
+        stream = controlled.wait_for_stream("completed", "failed")
+    assert (stream["state"], stream["moved"]) == ("failed", MIB)
+    assert "vm.acow: write: Input/output error" in stream["error"]
+    assert "stream failed: " in caplog.text
+    controlled.execute("stream")  # it goes on where storage does
+    assert controlled.wait_for_stream("completed", "failed")["state"] == "completed"
 
 
 @pytest.mark.parametrize("action", ["resume", "cancel"])

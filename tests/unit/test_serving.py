@@ -508,9 +508,10 @@ def test_stream_pauses_goes_on_and_is_cancelled(disk, sock):
             with pytest.raises(mmcow.Cancelled):
                 await job
             assert job.state == "cancelled"
+            whole = server.stream()
+            await whole
+            assert server.stream() is whole
             await server.stream()
-            with pytest.raises(mmcow.UsageError, match="no base"):
-                server.stream()
             with pytest.raises(mmcow.UsageError, match="rate -1"):
                 server.stream(rate=-1)
 
