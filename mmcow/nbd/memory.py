@@ -9,12 +9,12 @@ Each client may always use ``SHARE``, so that a few that take everything cannot 
 Beyond that room is given in order of arrival. While somebody waits for room, a client that holds
 more than its share and for whose bytes the server waits (the rest of a payload, the reading of
 replies) must move: at its pace it has to be through with what it holds in ``THROUGH_SECONDS``.
-One that is slower from one look to the next is dropped.
+One that was slower for ``PATIENCE_SECONDS`` is dropped.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import asyncio
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 MEMORY_MOST = 256 << 20
 SHARE = 256 << 10
-# From one look to the next where one client waits; with more it comes sooner, up to so many times.
-# Whoever was dropped may be followed by another of its kind: 200 that do not move are gone in half
-# a minute, and were not in seven at a look in 15 s.
-LOOK_SECONDS = 15.0
+# How long a pace is watched where one client waits; with more it is shorter, up to so many times:
+# who is dropped may be followed by others of its kind.
+PATIENCE_SECONDS = 15.0
 SOONER_MOST = 15
+LOOKS = 4  # in that time
 THROUGH_SECONDS = 60.0
 
 
@@ -49,6 +49,14 @@ class Holder(Protocol):
         """Close at once."""
 
 
+class _Stand(NamedTuple):
+    """Of a client that somebody may be waiting for."""
+
+    since: float  # in the loop's time
+    moved: int  # then
+    held: int  # at least, all the time
+
+
 class Memory:
     """Counts; ``holders`` are all the clients there are."""
 
@@ -59,6 +67,7 @@ class Memory:
         self._holders = holders
         self._waiting: dict[Holder, int] = {}  # in order of arrival
         self._watch: asyncio.TimerHandle | None = None
+        self._stands: dict[Holder, _Stand] = {}
 
     @property
     def used(self) -> int:
@@ -109,30 +118,34 @@ class Memory:
         return len(self._waiting) + (self.pump.waiting if self.pump is not None else 0)
 
     def _look(self) -> None:
-        """Somebody waits: note where those stand who could be in the way."""
-        stands = {
-            holder: (holder.memory, moved)
-            for holder in self._holders
-            if holder.memory > SHARE and (moved := holder.moved()) is not None
-        }
-        seconds = LOOK_SECONDS / min(max(self._waiting_count, 1), SOONER_MOST)
-        self._watch = self._loop.call_later(seconds, self._look_again, stands, seconds)
-
-    def _look_again(self, before: dict[Holder, tuple[int, int]], seconds: float) -> None:
+        """While somebody waits: see where those stand who could be in the way."""
         self._watch = None
-        if not self._waiting_count:
+        waiting = self._waiting_count
+        before, self._stands = self._stands, {}
+        if not waiting:
             return
-        for holder, (held, stood) in before.items():
-            moved = holder.moved() if holder in self._holders else None
-            if moved is None or holder.memory <= SHARE:
-                continue
-            # Of what it held all the time.
-            if (moved - stood) * THROUGH_SECONDS < min(held, holder.memory) * seconds:
-                holder.drop(
-                    f"moved {moved - stood} bytes in {seconds:.3g} s, holding {holder.memory}, "
-                    "while others wait for memory"
-                )
-        self._look()
+        patience = PATIENCE_SECONDS / min(waiting, SOONER_MOST)
+        now = self._loop.time()
+        for holder in list(self._holders):
+            moved = holder.moved() if holder.memory > SHARE else None
+            if moved is not None:
+                stand = before.get(holder) or _Stand(now, moved, holder.memory)
+                self._stands[holder] = self._judge(holder, stand, moved, patience)
+        self._watch = self._loop.call_later(patience / LOOKS, self._look)
+
+    def _judge(self, holder: Holder, stand: _Stand, moved: int, patience: float) -> _Stand:
+        """Drop one that was too slow for so long; returns where it stands from now on."""
+        held = min(stand.held, holder.memory)
+        seconds = self._loop.time() - stand.since
+        if seconds < patience:
+            return stand._replace(held=held)
+        done = moved - stand.moved
+        if done * THROUGH_SECONDS < held * seconds:
+            holder.drop(
+                f"moved {done} bytes in {seconds:.3g} s, holding {held}, "
+                "while others wait for memory"
+            )
+        return _Stand(self._loop.time(), moved, holder.memory)
 
     def close(self) -> None:
         """No more timers, no pump."""

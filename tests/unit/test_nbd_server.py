@@ -282,7 +282,7 @@ class TestLimits:
     def test_memory_is_shared_out(self, tmp_path, image, monkeypatch):
         """Clients that take all of it and do not move stop nobody for long."""
         monkeypatch.setattr(memory, "MEMORY_MOST", 2 * MIB)
-        monkeypatch.setattr(memory, "LOOK_SECONDS", 0.3)
+        monkeypatch.setattr(memory, "PATIENCE_SECONDS", 0.3)
         disk = make_raw(tmp_path / "big.raw", bytes(8 * MIB))
         with serving(disk, tmp_path / "s") as served:
             hogs = [connect(served.path) for _ in range(2)]
@@ -302,7 +302,7 @@ class TestLimits:
     @pytest.mark.parametrize("move", ["send", "read"])
     def test_moving_a_little_is_not_enough(self, tmp_path, monkeypatch, move):
         monkeypatch.setattr(memory, "MEMORY_MOST", 8 * MIB)
-        monkeypatch.setattr(memory, "LOOK_SECONDS", 0.5)
+        monkeypatch.setattr(memory, "PATIENCE_SECONDS", 0.5)
         disk = make_raw(tmp_path / "big.raw", bytes(8 * MIB))
         with serving(disk, tmp_path / "s") as served, ExitStack() as stack:
             hogs = [stack.enter_context(connect(served.path)) for _ in range(2)]
@@ -325,7 +325,7 @@ class TestLimits:
 
     def test_many_that_do_not_move_are_gone_soon(self, tmp_path, monkeypatch):
         monkeypatch.setattr(memory, "MEMORY_MOST", 2 * MIB)
-        monkeypatch.setattr(memory, "LOOK_SECONDS", 1.5)
+        monkeypatch.setattr(memory, "PATIENCE_SECONDS", 1.5)
         disk = make_raw(tmp_path / "big.raw", bytes(8 * MIB))
         with serving(disk, tmp_path / "s") as served, ExitStack() as stack:
             for _ in range(40):  # two at a time have room
@@ -334,12 +334,12 @@ class TestLimits:
             client = stack.enter_context(connect(served.path))
             began = time.monotonic()
             assert client.read(0, MIB) == bytes(MIB)
-            assert time.monotonic() - began < 10, "a look for each two of them would be 30 s"
+            assert time.monotonic() - began < 10, "one patience for each two of them would be 30 s"
 
     def test_share_is_there_for_one_request_after_the_other(self, tmp_path, monkeypatch):
         """Nobody is dropped here, and room never comes: only the share is left."""
         monkeypatch.setattr(memory, "MEMORY_MOST", 2 * MIB)
-        monkeypatch.setattr(memory, "LOOK_SECONDS", 1000.0)
+        monkeypatch.setattr(memory, "PATIENCE_SECONDS", 1000.0)
         disk = make_raw(tmp_path / "big.raw", bytes(8 * MIB))
         with serving(disk, tmp_path / "s") as served, ExitStack() as stack:
             for _ in range(2):
