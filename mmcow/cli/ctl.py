@@ -107,6 +107,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
     for key, (option, command) in _OPTIONS.items():
         if getattr(arguments, key) not in (None, False) and not given.startswith(command):
             raise UsageError(f"ctl: {option} goes with {command}, not with {arguments.command}")
+    if arguments.argument is not None and arguments.command not in ("stream", "resize"):
+        raise UsageError(f"ctl: {arguments.command} takes no argument ({arguments.argument})")
 
 
 class _Server:
@@ -188,8 +190,6 @@ def _arguments(arguments: argparse.Namespace, server: _Server) -> dict[str, Any]
             given["data_file"] = arguments.data_file
     elif arguments.command == "resize":
         given["size"] = _size(arguments, server)
-    elif arguments.argument is not None:
-        raise UsageError(f"{arguments.command} takes no argument ({arguments.argument})")
     return given
 
 

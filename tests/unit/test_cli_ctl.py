@@ -129,6 +129,29 @@ def test_progress_is_of_a_wait(capsys, control, option):
     assert "goes with stream --wait" in run(capsys, "ctl", control, "flush", option, status=1).err
 
 
+@pytest.mark.parametrize("words", [["top"], ["status"], ["snapshot", "--as", "s"], ["quit"]])
+def test_argument_that_a_command_does_not_take(capsys, control, words):
+    before = run(capsys, "ctl", control, "status", "--output=json").out
+    err = run(capsys, "ctl", control, words[0], "x", *words[1:], status=1).err
+    assert f"ctl: {words[0]} takes no argument (x)" in err
+    after = run(capsys, "ctl", control, "status", "--output=json").out
+    chains = [json.loads(told)["exports"][0]["chain"] for told in (before, after)]
+    assert chains[0] == chains[1]
+
+
+@pytest.mark.parametrize("command", ["status", "top", "flush", "quit"])
+def test_waiting_is_for_a_stream(capsys, control, command):
+    err = run(capsys, "ctl", control, "--wait", command, status=1).err
+    assert f"ctl: --wait goes with stream, not with {command}" in err
+
+
+def test_waiting_for_a_stream_that_is_over(capsys, control):
+    run(capsys, "ctl", control, "stream", "--wait")
+    for words in (["stream", "--wait"], ["stream"], ["stream", "--wait", "--rate", "5"]):
+        out = run(capsys, "ctl", control, *words).out
+        assert out == "stream completed: 100.0 % of 8 MiB (8388608 bytes)\n"
+
+
 # ---- top ----
 
 
