@@ -78,7 +78,12 @@ class FullParser(argparse.ArgumentParser):
         unknown = self._unknown_option()
         if unknown is not None:  # argparse tells of missing operands first, which misleads
             message = f"unknown option {unknown}"
+        message = message.replace(_COVER, "")
         raise CommandLineError(f"{self.verb}: {message}; see 'mmcow {self.verb} --help'")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """What converters and choices look at, and errors show, is what was given."""
+        return super()._get_value(action, arg_string.removeprefix(_COVER))
 
     def examples(self, *lines: str) -> None:
         """Show ``lines`` below the options."""

@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from mmcow.cli import exits, terminal
 from mmcow.cli.images import warn
 from mmcow.cli.options import Parser, add_backing_format, add_cache, add_format, add_quiet
 from mmcow.cli.sizes import io_size
+from mmcow.cli.troubles import Troubles, raise_open_files
+from mmcow.cli.ui import OutputError
 from mmcow.errors import StorageError, UsageError
 from mmcow.nbd.arguments import same_path
 from mmcow.nbd.pump import run
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 _FIRST_GIVEN = 3  # systemd's first descriptor
 _STATUS_SECONDS = 1.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def configure_serve(parser: Parser) -> None:
@@ -101,6 +101,7 @@ def run_serve(arguments: argparse.Namespace, ui: Ui) -> int:
     """Serve until told to stop."""
     _check(arguments)
     _log_to_journal_or_terminal(quiet=arguments.quiet)
+    raise_open_files(arguments.max_connections, len(arguments.images), ui)
     return run(_serve(arguments, ui))
 
 
@@ -139,13 +140,20 @@ def _is_utf8(name: str) -> bool:
 
 
 async def _serve(arguments: argparse.Namespace, ui: Ui) -> int:
-    early: list[str] = []
     loop = asyncio.get_running_loop()
-    _on_signals(loop, early.append)
-    try:
+    troubles = Troubles(loop.time)
+    loop.set_exception_handler(troubles.tell)
+    early: list[str] = []
+    stops: list[Callable[[str], object]] = [early.append]
+
+    def stop(name: str) -> None:
+        stops[-1](name)
+
+    with ui.signals.told_to(loop, stop):
         async with AsyncExitStack() as stack:
+            stack.callback(troubles.rest)
             server = await _start(arguments, ui, stack)
-            _on_signals(loop, server.quit)
+            stops.append(server.quit)
             for name in early:
                 server.quit(name)
             _tell_ready(server.uris, ui, quiet=bool(arguments.command) or arguments.quiet)
@@ -155,16 +163,7 @@ async def _serve(arguments: argparse.Namespace, ui: Ui) -> int:
             if arguments.command:
                 return await _run_command(arguments.command, server)
             await server.wait_quit()
-        return exits.OK
-    finally:
-        for number in _SIGNALS:
-            loop.remove_signal_handler(number)
-
-
-def _on_signals(loop: asyncio.AbstractEventLoop, stop: Callable[[str], None]) -> None:
-    """``stop`` is told a signal's name."""
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, stop, number.name)
+    return exits.OK
 
 
 async def _start(arguments: argparse.Namespace, ui: Ui, stack: AsyncExitStack) -> Serving:
@@ -235,14 +234,20 @@ def _given_sockets() -> list[socket.socket]:
 
 def _tell_ready(uris: Sequence[str], ui: Ui, *, quiet: bool) -> None:
     """Say that clients may come: to systemd, and a line per way in on standard output."""
-    if not quiet:
-        for uri in uris:
-            ui.out(uri)
-        ui.flush()
-    error = _notify("READY=1\nSTATUS=serving")
-    if error is not None:
-        address = os.environ["NOTIFY_SOCKET"]
-        raise StorageError(error.errno or 0, "ready notification", address) from error
+    try:
+        if not quiet:
+            for uri in uris:
+                ui.out(uri)
+            ui.flush()
+    except OutputError as error:  # who reads it may be gone; who was given the socket may come
+        ui.abandon_output()
+        ui.warn(f"{error}: the URI is told to nobody")
+    failed = _notify("READY=1\nSTATUS=serving")
+    if failed is not None:
+        ui.warn(
+            f"{os.environ['NOTIFY_SOCKET']}: ready notification: {failed.strerror or failed} "
+            "(NOTIFY_SOCKET)"
+        )
 
 
 def _notify(message: str) -> OSError | None:

@@ -2,8 +2,9 @@
 """Ctrl-C without losing anything: a signal is noted, and noticed where stopping is safe.
 
 Owns: the handlers for SIGINT and SIGTERM while a verb runs. A handler only notes the signal;
-jobs ask through their progress callback, and long loops of the command line ask themselves. So
-a second Ctrl-C, or a tenth, changes nothing: the job is already on its way out.
+jobs ask through their progress callback, long loops of the command line ask themselves, and an
+event loop is told. So a second Ctrl-C, or a tenth, changes nothing: the job is already on its way
+out.
 
 Never: raises out of the middle of a request. Only while the command waits for a line of
 input, where nothing is under way, does a signal break in.
@@ -12,14 +13,16 @@ input, where nothing is under way, does a signal break in.
 from __future__ import annotations
 
 import signal
+import socket
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from mmcow.errors import Cancelled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from asyncio import AbstractEventLoop
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -31,6 +34,7 @@ class Signals:
     def __init__(self) -> None:
         self.number = 0  # of the signal that asked for the stop; 0: none did
         self._breaks_in = False
+        self._tell: Callable[[int], object] | None = None
 
     def check(self, what: str) -> None:
         """Raise Cancelled where a stop was asked for. ``what`` is cancelled."""
@@ -73,8 +77,41 @@ class Signals:
         finally:
             self._breaks_in = False
 
+    @contextmanager
+    def told_to(self, loop: AbstractEventLoop, stop: Callable[[str], object]) -> Iterator[None]:
+        """Let each signal call ``stop`` with its name in ``loop``, one noted before as well; also
+        those that the parent made us ignore: a server in a script's background is told so to end.
+
+        Not by ``loop.add_signal_handler``: where that ends, signals kill, be it for a moment.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def tell(number: int) -> None:
+            loop.call_soon_threadsafe(stop, signal.Signals(number).name)
+
+        with ExitStack() as stack:
+            # The interpreter writes a byte there, and the loop's wait ends: then the handler runs.
+            woken, wakes = map(stack.enter_context, socket.socketpair())
+            woken.setblocking(False)
+            wakes.setblocking(False)
+            loop.add_reader(woken, woken.recv, 4096)
+            stack.callback(loop.remove_reader, woken)
+            before = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+            stack.callback(signal.set_wakeup_fd, before)
+            self._tell = tell
+            stack.callback(setattr, self, "_tell", None)
+            for number in _SIGNALS:
+                stack.callback(signal.signal, number, signal.signal(number, self._note))
+            if self.number:
+                tell(self.number)
+            yield
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.number = number
+        if self._tell is not None:
+            self._tell(number)
         if self._breaks_in:
             raise KeyboardInterrupt

@@ -72,7 +72,8 @@ def queued_for(socket: Any) -> int:
 
 class Sparing:
     """Lines that anybody who can connect may cause: ``most`` in ``seconds``, those left out are
-    counted in the next one, or in ``rest``, which says what ``became`` of their clients."""
+    counted in the next one, or in ``rest``, which says what ``became`` of their clients (or of
+    what else is ``counted``)."""
 
     def __init__(
         self,
@@ -82,12 +83,14 @@ class Sparing:
         most: int = LINES_MOST,
         seconds: float = LINES_SECONDS,
         level: int = logging.WARNING,
+        counted: str = "clients",
     ) -> None:
         self._clock = clock
         self._became = became
         self._most = most
         self._seconds = seconds
         self._level = level
+        self._counted = counted
         self._told: deque[float] = deque()
         self._untold = 0
 
@@ -100,14 +103,14 @@ class Sparing:
             self._untold += 1
             return
         self._told.append(now)
-        more = f" (and {self._untold} clients before it)" if self._untold else ""
+        more = f" (and {self._untold} {self._counted} before it)" if self._untold else ""
         self._untold = 0
         log.log(self._level, "%s%s", text, more)
 
     def rest(self) -> None:
         """At the end: tell of those that no line has counted."""
         if self._untold:
-            log.log(self._level, "%d more clients %s", self._untold, self._became)
+            log.log(self._level, "%d more %s %s", self._untold, self._counted, self._became)
             self._untold = 0
 
 

@@ -102,7 +102,7 @@ class Server:
         self.memory = Memory(self.loop, self.connections)
         self._can_pump = tls is None and can_pump(images.values())
         self.idle_since: float | None = self.loop.time()
-        self._max_connections = _affordable(max_connections)
+        self._max_connections = affordable(max_connections)
         afforded = self._max_connections == max_connections
         self._bound = "max-connections" if afforded else "limit of open files"
         self.told = Told(self.loop.time)
@@ -352,7 +352,7 @@ def tls_context(folder: str | os.PathLike[str], *, verify_peer: bool = False) ->
     return context
 
 
-def _affordable(connections: int) -> int:
+def affordable(connections: int) -> int:
     """As many clients as there are descriptors for: beyond that even accepting fails."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:

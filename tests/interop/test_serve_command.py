@@ -474,3 +474,118 @@ def test_memory_of_clients_that_are_gone_goes_back(disk):
             time.sleep(0.1)
         assert after <= before + 8, f"{before} MiB, then {held}, and still {after}"
         assert server.stop()[0] == 0
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.001, 0.005, 0.02, 0.05])
+def test_second_signal_changes_nothing(disk, gap):
+    for _ in range(8):
+        with Server("--socket", "nbd.sock", disk) as server, attach() as client:
+            client.write(5, b"hello")
+            until = time.monotonic() + gap
+            server.process.send_signal(signal.SIGTERM)
+            while server.process.poll() is None:  # till the very end of the process
+                if time.monotonic() >= until:
+                    server.process.send_signal(signal.SIGTERM)
+                    server.process.send_signal(signal.SIGINT)
+                    time.sleep(0.002)
+            status, _, err = server.end()
+            assert status == 0, err
+            assert ", all is flushed: 1 client" in err.splitlines()[-1]
+    with mmcow.open(disk) as image:
+        assert image.read(5, 5) == b"hello"
+
+
+def test_signal_that_a_script_made_it_ignore_ends_it_too(disk):
+    ignore = "import os, signal, sys; signal.signal(2, signal.SIG_IGN); "
+    ignore += "os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", ignore, *MMCOW, "serve", "--socket", "nbd.sock", disk],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+
+
+def test_service_manager_that_is_not_there_stops_nobody(disk):
+    with Server(
+        "--socket", "nbd.sock", disk, env={**os.environ, "NOTIFY_SOCKET": "/nosuch/notify"}
+    ) as server:
+        with attach() as client:
+            assert client.read(0, 4) == b"base"
+            client.disconnect()
+        status, _, err = server.stop()
+    assert status == 0
+    assert err.count("warning: /nosuch/notify: ready notification: No such file") == 1
+
+
+@pytest.mark.parametrize("output", [">&-", ">/dev/full", "| true", ">&- 2>&-"])
+def test_output_that_nobody_takes_stops_nobody(disk, output):
+    words = " ".join([*MMCOW, "serve", "--socket", "nbd.sock", "--control", "ctl.sock", disk])
+    script = f"({words}; echo $? >status) {output}"
+    process = subprocess.Popen(["sh", "-c", script], stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 20
+        while not os.path.exists("ctl.sock") and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(0.3)  # by now it has tried to say its URI
+        with attach() as client:
+            assert client.read(0, 4) == b"base"
+            client.disconnect()
+    finally:
+        ctl("quit")
+    _, err = process.communicate(timeout=30)
+    until = time.monotonic() + 20
+    while not os.path.exists("status") and time.monotonic() < until:
+        time.sleep(0.02)
+    with open("status") as file:
+        assert file.read().strip() == "0", err
+    assert "Traceback" not in err
+    if "2>&-" not in output:
+        assert err.count("mmcow: warning: standard output: ") == 1
+
+
+def limited(disk, soft, hard, *arguments):
+    """A server with so many open files at most."""
+    limit = f"import os, resource, sys; resource.setrlimit(7, ({soft}, {hard})); "
+    return subprocess.Popen(
+        [sys.executable, "-c", limit + "os.execv(sys.argv[1], sys.argv[1:])", *MMCOW, "serve",
+         "--socket", "nbd.sock", disk, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_soft_limit_of_open_files_is_raised(disk):
+    process = limited(disk, 140, 1024, "--max-connections", "200")
+    try:
+        assert process.stdout.readline()
+        clients = [attach() for _ in range(200)]
+        for client in clients:
+            client.close()
+    finally:
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "warning" not in err
+
+
+def test_too_few_open_files_are_told_in_few_lines(disk):
+    process = limited(disk, 64, 64)
+    clients = []
+    try:
+        assert process.stdout.readline()
+        for _ in range(100):
+            clients.append(socket.socket(socket.AF_UNIX))
+            clients[-1].connect("nbd.sock")
+        time.sleep(1.5)
+    finally:
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+        for client in clients:
+            client.close()
+    assert process.returncode == 0
+    assert "Traceback" not in err
+    warning = "mmcow: warning: no more than 1 clients at once, of 1024 (--max-connections)"
+    assert err.count(warning) == 1
+    assert len(err.splitlines()) < 30

@@ -149,6 +149,7 @@ def test_examples_of_help_can_be_parsed(verb):
         (["info", "--frobnicate"], "mmcow: info: unknown option --frobnicate;"),
         (["info", "-z", "a"], "mmcow: info: unknown option -z;"),
         (["info", "--output=xml", "a"], "mmcow: info: argument --output: invalid choice: 'xml'"),
+        (["ctl", "s", "--", "-x"], "mmcow: ctl: argument COMMAND: invalid choice: '-x'"),
         (["check", "-r", "some", "a"], "mmcow: check: argument -r/--repair: invalid choice"),
         (["create"], "mmcow: create: FILE is missing"),
         (["convert", "a"], "mmcow: convert: SRC and DST are needed"),

@@ -253,8 +253,8 @@ class TestLimits:
 
     def test_never_more_than_there_are_descriptors_for(self, monkeypatch):
         monkeypatch.setattr(server.resource, "getrlimit", lambda _: (1024, 4096))
-        assert server._affordable(5000) == 896
-        assert server._affordable(10) == 10
+        assert server.affordable(5000) == 896
+        assert server.affordable(10) == 10
 
     @pytest.mark.parametrize("length", [512, 4 * MIB])
     def test_what_one_client_may_have_in_flight(self, tmp_path, length):
