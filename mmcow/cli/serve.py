@@ -151,8 +151,8 @@ async def _serve(arguments: argparse.Namespace, ui: Ui) -> int:
 
     with ui.signals.told_to(loop, stop):
         async with AsyncExitStack() as stack:
-            stack.callback(troubles.rest)
             server = await _start(arguments, ui, stack)
+            stack.callback(troubles.rest)  # before the server's last line
             stops.append(server.quit)
             for name in early:
                 server.quit(name)

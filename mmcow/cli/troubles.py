@@ -42,8 +42,8 @@ def raise_open_files(connections: int, images: int, ui: Ui) -> None:
     if most < connections:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         ui.warn(
-            f"no more than {most} clients at once, of {connections} (--max-connections): the limit "
-            f"of open files is {soft}"
+            f"clients at once: {most}, not {connections} (--max-connections): the limit of open "
+            f"files is {soft}"
         )
 
 

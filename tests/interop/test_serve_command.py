@@ -586,6 +586,8 @@ def test_too_few_open_files_are_told_in_few_lines(disk):
             client.close()
     assert process.returncode == 0
     assert "Traceback" not in err
-    warning = "mmcow: warning: no more than 1 clients at once, of 1024 (--max-connections)"
+    warning = "mmcow: warning: clients at once: 1, not 1024 (--max-connections)"
     assert err.count(warning) == 1
     assert len(err.splitlines()) < 30
+    assert "tries to accept a client failed" in err
+    assert err.splitlines()[-1].startswith("mmcow: server ended (SIGTERM)")
