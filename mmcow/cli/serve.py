@@ -320,7 +320,7 @@ def _log_to_journal_or_terminal(*, quiet: bool) -> None:
         handler.setFormatter(logging.Formatter(f"{clear}mmcow: %(message)s"))
     logger = logging.getLogger("mmcow")
     logger.addHandler(handler)
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 class _JournalFormatter(logging.Formatter):
