@@ -10,26 +10,18 @@ import time
 import pytest
 
 import mmcow
-from tests.unit.nbd_serving import MIB
+from tests.unit.nbd_serving import MIB, make_overlay, make_raw
 from tests.unit.test_serving import run, until
 
 
 @pytest.fixture
 def disk(tmp_path, rng):
-    (tmp_path / "base.raw").write_bytes(rng.randbytes(4 * MIB))
-    path = tmp_path / "vm.acow"
-    mmcow.create(path, backing="base.raw", backing_format="raw")
-    return path
+    return make_overlay(tmp_path, make_raw(tmp_path / "base.raw", rng.randbytes(4 * MIB)))
 
 
-@pytest.fixture
-def sock(tmp_path):
-    return str(tmp_path / "vm.sock")
-
-
-def test_a_stream_that_runs_is_not_idle(disk, sock):
+def test_a_stream_that_runs_is_not_idle(disk, tmp_path):
     async def main():
-        async with mmcow.serve(disk, socket=sock, exit_when_idle=0.2) as server:
+        async with mmcow.serve(disk, socket=tmp_path / "s", exit_when_idle=0.2) as server:
             job = server.stream(rate=1)  # one piece, then twelve days of rest
             waiting = asyncio.create_task(server.wait_quit())
             await asyncio.sleep(0.5)
@@ -43,9 +35,9 @@ def test_a_stream_that_runs_is_not_idle(disk, sock):
     run(main)
 
 
-def test_a_paused_stream_is_idle(disk, sock):
+def test_a_paused_stream_is_idle(disk, tmp_path):
     async def main():
-        async with mmcow.serve(disk, socket=sock, exit_when_idle=0.2) as server:
+        async with mmcow.serve(disk, socket=tmp_path / "s", exit_when_idle=0.2) as server:
             job = server.stream(rate=1)
             await until(lambda: job.moved)
             job.pause()
@@ -60,11 +52,11 @@ def test_a_paused_stream_is_idle(disk, sock):
     run(main)
 
 
-def test_the_log_says_where_a_stream_was_cut(disk, sock, caplog):
+def test_the_log_says_where_a_stream_was_cut(disk, tmp_path, caplog):
     caplog.set_level(logging.INFO, "mmcow.nbd")
 
     async def main():
-        async with mmcow.serve(disk, socket=sock) as server:
+        async with mmcow.serve(disk, socket=tmp_path / "s") as server:
             job = server.stream(rate=1)
             await until(lambda: job.moved)
             server.quit("SIGTERM")
